@@ -1,0 +1,1 @@
+"""Octofold: honest, tracked image competitions. Start reading at `training`, `blending` and `predictions`."""

@@ -1,0 +1,134 @@
+"""The flags of every entry point. Light to import: `--help` answers at once."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from octofold.config import Section
+from octofold.recipe import Recipe
+
+Stage = Literal["staging", "production"]
+COMPETITION = r"^[A-Za-z0-9_\-]{1,60}$"
+
+
+class Prepare(Section):
+    """Images and labels become a manifest."""
+
+    competition: str = Field(
+        pattern=COMPETITION, description="name of the problem; names the experiment and data/<competition>/"
+    )
+    images: Path | None = Field(None, description="folder the labels' image names are relative to, or class folders")
+    labels: Path | None = Field(None, description="CSV of images and labels; none = class folders under --images")
+    image_column: str = Field("image", description="column of --labels holding the image name")
+    label_column: str = Field("label", description="column of --labels holding the class (text or int)")
+    group: str = Field("auto", description="auto | none | a column: samples that must not be split across folds")
+    test_images: Path | None = Field(None, description="folder of test images")
+    sample_submission: Path | None = Field(None, description="CSV whose order and columns the submission must have")
+    folds: int = Field(5, ge=2, le=50, description="number of folds")
+    folds_file: Path | None = Field(None, description="CSV image,label,fold: use these folds, do not make any")
+    seed: int = Field(0, ge=0, description="of the fold assignment")
+    task: Literal["classify", "keypoints"] = Field("classify", description="classes, or points (x, y columns)")
+    builtin: Literal["", "digits"] = Field(
+        "", description="an embedded data set instead of files: digits (scikit-learn)"
+    )
+    conflicts: Literal["drop", "refuse"] = Field(
+        "drop", description="one image under two labels: leave both out, or stop"
+    )
+    decisions: Path | None = Field(None, description="journal of review decisions to replay")
+    out: Path | None = Field(None, description="folder to write; none = data/<competition>")
+
+
+class Train(Recipe):
+    """A recipe over folds and seeds becomes a member: registered fold models and OOF."""
+
+    manifest: Path = Field(description="manifest.csv that prepare wrote")
+    config: Path | None = Field(None, description="recipe (YAML); flags override it")
+    stage: Literal["", "staging", "production"] = Field(
+        "", description="promote the member when all its slots are trained"
+    )
+
+
+class Infer(Section):
+    """Models over images become Predictions."""
+
+    model: str = Field(
+        "", description="models:/NAME/VERSION, models:/NAME@alias, a checkpoint folder, or a folder of them"
+    )
+    competition: str = Field("", description="with --member and --stage: the registered fold models, bagged")
+    member: str = Field("", description="recipe name")
+    stage: Stage = Field("production", description="registry stage the member is taken from")
+    images: Path = Field(description="folder of images (searched recursively), one image, or a manifest CSV")
+    tta: str = Field("geo8", description="views: none, flip, geo4, geo8, geo8_original")
+    out: Path | None = Field(
+        None, description="where to write predictions.parquet and .csv; none = runs/infer/<run id>"
+    )
+    sort_into: Path | None = Field(None, description="also copy each image into DIR/<predicted class>/")
+    batch_size: int = Field(8, ge=1, description="images per pass, each in all views")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 = labels may differ in close calls")
+
+
+class Evaluate(Section):
+    """A member, a run or a Predictions file becomes scores and pictures."""
+
+    manifest: Path = Field(description="manifest.csv holding the truth")
+    predictions: Path | None = Field(None, description="Predictions file")
+    run: str = Field("", description="MLflow run id whose OOF to score")
+    competition: str = Field("", description="with --member and --stage: the registered fold models' OOF")
+    member: str = Field("", description="recipe name")
+    stage: Stage = Field("production", description="registry stage the member is taken from")
+    tta: str = Field("geo8", description="views the OOF was made with")
+    out: Path | None = Field(None, description="folder for tables and pictures; none = runs/evaluate/<run id>")
+
+
+class Promote(Section):
+    """A member's slots move to a stage: alias first, MLflow's legacy stage as its mirror."""
+
+    competition: str = Field(pattern=COMPETITION, description="name of the problem")
+    member: str = Field("", description="recipe name; empty with --rollback = every member the last promotion moved")
+    stage: Stage = Field("production", description="where to")
+    folds: list[int] | None = Field(None, description="only these folds (needs --force); null = all")
+    seeds: list[int] | None = Field(None, description="only these seeds; null = all")
+    rollback: bool = Field(False, description="restore what the last promotion to this stage replaced")
+    force: bool = Field(False, description="promote although folds are missing or the manifest hash differs")
+
+
+class Blend(Section):
+    """Every member in a stage becomes one submission, with an estimate and a ledger."""
+
+    competition: str = Field(pattern=COMPETITION, description="name of the problem")
+    manifest: Path | None = Field(None, description="manifest.csv; none = data/<competition>/manifest.csv")
+    stage: Stage = Field("production", description="registry stage the fold models are taken from")
+    members: list[str] = Field([], description="only these members; empty = every member in the stage")
+    method: str = Field("lr_mse", description="row of blending.METHODS: equal, lr_mse, simplex, ...")
+    bag: Literal["equal", "oof_acc"] = Field(
+        "equal", description="how a member's fold models are averaged on test images"
+    )
+    tta: str = Field("geo8", description="views: none, flip, geo4, geo8, geo8_original, or auto")
+    metric: str = Field("accuracy", description="row of metrics.METRICS the estimate is stated in")
+    out: Path | None = Field(None, description="folder for submission.csv and ledger; none = runs/blend/<run id>")
+    seed: int = Field(0, ge=0, description="of the bootstrap")
+
+
+class Clean(Section):
+    """OOF becomes a queue of suspicious labels, a review page, and a journal of decisions."""
+
+    manifest: Path = Field(description="manifest.csv under review")
+    competition: str = Field("", description="name of the problem; empty = the manifest's")
+    oof: list[Path] = Field([], description="OOF Predictions files; empty = every member in --stage")
+    stage: Stage = Field("production", description="registry stage whose OOF is used")
+    journal: Path | None = Field(None, description="append-only decisions (JSONL); none = beside the manifest")
+    reviewer: str = Field("", description="name written with each decision; empty = the login name")
+    port: int = Field(0, ge=0, le=65535, description="of the review page on 127.0.0.1; 0 = any free one")
+    serve: bool = Field(True, description="open the review page; false = only write the queue")
+    limit: int = Field(0, ge=0, description="queue length; 0 = all")
+
+
+class Tune(Section):
+    """A search space over a recipe becomes an Optuna study and a better recipe."""
+
+    manifest: Path = Field(description="manifest.csv")
+    config: Path = Field(description="YAML: `recipe:` (path or mapping), `space:` (ranges over recipe fields), ...")
+    trials: int = Field(20, ge=1, description="trials to reach in this study")
+    study: str = Field("", description="study name; the same name resumes. Empty = <competition>.<config name>")
+    storage: str = Field("", description="Optuna storage URL; empty = sqlite in mlruns/optuna.db")

@@ -1,0 +1,192 @@
+"""The manifest: the table of samples, with a hash that everything derived from it carries."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from octofold.errors import UserError, preview
+from octofold.files import atomic, existing, read_json, sha256_json, write_json
+
+ID_LENGTH = 16
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Samples of one competition, train or test.
+
+    Attributes:
+        table: columns ``sample_id, path, [label | <point>_x, <point>_y …], group, fold`` plus the user's own.
+            `sample_id` unique; `path` relative to `images`; `fold` int (train only); missing points NaN.
+        task: ``classify`` or ``keypoints``.
+        classes: class names in the model's column order, or point names.
+        competition: name of the problem.
+        images: folder that `path` is relative to.
+        info: whatever else prepare wants to keep (sample submission, label type, swap table …); JSON.
+        file: where it was read from.
+    """
+
+    table: pd.DataFrame
+    task: str
+    classes: tuple[str, ...]
+    competition: str
+    images: Path
+    info: dict[str, Any] = field(default_factory=dict)
+    file: Path | None = None
+
+    @property
+    def sample_ids(self) -> npt.NDArray[np.str_]:
+        """``(N,)`` text, unique."""
+        return self.table["sample_id"].to_numpy(str)
+
+    @property
+    def fold(self) -> npt.NDArray[np.int64]:
+        """``(N,)`` int, the fold each sample is held out of."""
+        return self.table["fold"].to_numpy(np.int64)
+
+    @property
+    def folds(self) -> list[int]:
+        """Fold numbers that occur, sorted."""
+        return sorted(set(self.fold.tolist()))
+
+    @property
+    def groups(self) -> npt.NDArray[np.str_]:
+        """``(N,)`` text: the group of each sample (its own id where it has none)."""
+        group = self.table["group"] if "group" in self.table else pd.Series([""] * len(self.table))
+        return np.where(group.fillna("").astype(str) == "", self.sample_ids, group.astype(str)).astype(str)
+
+    @property
+    def paths(self) -> list[Path]:
+        """Absolute path of each sample's image."""
+        return [self.images / name for name in self.table["path"]]
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether the truth is here (train) or not (test)."""
+        return "label" in self.table or (bool(self.classes) and f"{self.classes[0]}_x" in self.table)
+
+    @property
+    def target(self) -> npt.NDArray[Any]:
+        """``(N,)`` int64 class index, or ``(N, P, 2)`` float32 points in original pixels, NaN where missing."""
+        if self.task == "classify":
+            place = {name: column for column, name in enumerate(self.classes)}
+            return np.array([place[name] for name in self.table["label"]], dtype=np.int64)
+        columns = [f"{name}_{axis}" for name in self.classes for axis in "xy"]
+        return self.table[columns].to_numpy(np.float32).reshape(len(self.table), -1, 2)
+
+    @property
+    def hash(self) -> str:
+        """Hex sha256 of what training sees: ids, targets, groups, folds, class order. Paths and row order do not count."""
+        counted = [name for name in ("label", "fold", *self._point_columns()) if name in self.table]
+        rows = self.table.assign(group=self.groups)[["sample_id", "group", *counted]].sort_values("sample_id")
+        text = rows.to_csv(index=False, float_format="%.4f", lineterminator="\n")
+        return sha256_json([self.task, list(self.classes), text])
+
+    def _point_columns(self) -> list[str]:
+        return [f"{name}_{axis}" for name in self.classes for axis in "xy"] if self.task == "keypoints" else []
+
+    def take(self, rows: npt.NDArray[Any]) -> "Manifest":
+        """Return the samples at these positions (or under this mask), in that order."""
+        return replace(
+            self, table=self.table.iloc[np.flatnonzero(rows) if rows.dtype == bool else rows].reset_index(drop=True)
+        )
+
+    def save(self, path: Path | str) -> Path:
+        """Write the CSV and, beside it, ``<name>.json`` with task, classes and image folder; both atomic."""
+        path = Path(path)
+        write_json(
+            path.with_suffix(".json"),
+            {
+                "task": self.task,
+                "classes": list(self.classes),
+                "competition": self.competition,
+                "images": str(self.images),
+                "info": self.info,
+                "hash": self.hash if "fold" in self.table else "",
+            },
+        )
+        with atomic(path) as temporary:
+            self.table.to_csv(temporary, index=False, lineterminator="\n")
+        return path
+
+
+def read(path: Path | str) -> Manifest:
+    """Read a manifest and check it.
+
+    Raises:
+        UserError: missing files or columns, repeated ids, an unknown label, a fold that is no number, or a table
+            that was edited by hand after prepare (its hash differs).
+    """
+    path = existing(path, "a manifest (CSV)", "run prepare first")
+    header = read_json(path.with_suffix(".json"), "the manifest's description (JSON)")
+    try:
+        table = pd.read_csv(
+            path, dtype={"sample_id": str, "path": str, "label": str, "group": str}, keep_default_na=False, na_values={}
+        )
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, ValueError) as error:
+        raise UserError(path, expected="a CSV that prepare wrote", got=str(error)) from error
+    try:
+        manifest = Manifest(
+            table=table,
+            task=header["task"],
+            classes=tuple(header["classes"]),
+            file=path,
+            competition=header["competition"],
+            images=Path(header["images"]),
+            info=header["info"],
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            path.with_suffix(".json"), expected="task, classes, competition, images, info", got=str(error)
+        ) from error
+    _check(manifest, path)
+    if header.get("hash") and header["hash"] != manifest.hash:
+        raise UserError(
+            path,
+            expected=f"manifest hash {header['hash'][:12]}",
+            got=manifest.hash[:12],
+            fix="run prepare again (labels are changed by decisions, never by hand)",
+        )
+    return manifest
+
+
+def _check(manifest: Manifest, path: Path) -> None:
+    table = manifest.table
+    missing = [name for name in ("sample_id", "path") if name not in table]
+    if missing:
+        raise UserError(path, expected="columns sample_id, path", got=f"no {', '.join(missing)}")
+    repeated = table["sample_id"][table["sample_id"].duplicated()]
+    if len(repeated):
+        raise UserError(path, expected="each sample_id once", got=f"repeated: {preview(repeated)}")
+    if "label" in table:
+        unknown = sorted(set(table["label"]) - set(manifest.classes))
+        if unknown:
+            raise UserError(path, expected=f"labels among {preview(manifest.classes, 8)}", got=preview(unknown))
+    for name in manifest._point_columns() if manifest.is_labelled else []:
+        if name not in table:
+            raise UserError(path, expected=f"column {name}", got=preview(table.columns, 12))
+        table[name] = pd.to_numeric(table[name], errors="coerce")
+    if "fold" in table:
+        fold = pd.to_numeric(table["fold"], errors="coerce")
+        if fold.isna().any() or (fold != fold.round()).any() or (fold < 0).any():
+            raise UserError(
+                path, expected="whole fold numbers >= 0", got=preview(table["fold"][fold.isna() | (fold < 0)])
+            )
+        table["fold"] = fold.astype(np.int64)
+
+
+def check_folds(manifest: Manifest, folds: Sequence[int] | None) -> list[int]:
+    """Return the folds asked for (all, if None), refusing numbers the manifest does not have.
+
+    Raises:
+        UserError: an unknown fold.
+    """
+    wanted = manifest.folds if folds is None else sorted(set(folds))
+    unknown = sorted(set(wanted) - set(manifest.folds))
+    if unknown:
+        raise UserError("folds", expected=f"fold numbers in {manifest.folds}", got=preview(unknown))
+    return wanted

