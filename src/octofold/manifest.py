@@ -80,7 +80,7 @@ class Manifest:
 
     @property
     def hash(self) -> str:
-        """Hex sha256 of what training sees: ids, targets, groups, folds, class order. Paths and row order do not count."""
+        """Hex sha256 of what training sees: ids, targets, groups, folds, class order; not paths, not row order."""
         counted = [name for name in ("label", "fold", *self._point_columns()) if name in self.table]
         rows = self.table.assign(group=self.groups)[["sample_id", "group", *counted]].sort_values("sample_id")
         text = rows.to_csv(index=False, float_format="%.4f", lineterminator="\n")
