@@ -1,0 +1,140 @@
+"""Pictures: arrays in, matplotlib figures out. No global state, no window: every figure is drawn by Agg.
+
+Series differ in line style and marker as well as in colour, so that a black-and-white print reads the same.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from octofold.files import atomic
+
+Array = npt.NDArray[Any]
+STYLES = (("#0b5fa5", "-", "o"), ("#c4500a", "--", "s"), ("#2e7d32", "-.", "^"), ("#6a3d9a", ":", "D"))
+
+
+def new_figure(width: float = 7.0, height: float = 4.0) -> Figure:
+    """Return an empty figure of this size in inches, drawn by Agg and known to no one else."""
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Figure, path: Path | str) -> Path:
+    """Write a figure (format by the suffix), whole or not at all; return the path."""
+    with atomic(path) as temporary:
+        figure.savefig(temporary)
+    return Path(path)
+
+
+def curves(history: Mapping[str, Any], x: str = "epoch", marks: Sequence[float] = (), title: str = "") -> Figure:
+    """Draw training curves: one panel per metric, the splits of a metric (``train/loss``, ``valid/loss``) together.
+
+    Args:
+        history: columns of equal length (a DataFrame will do); non-numeric ones are left out, NaN are gaps.
+        x: the column on the horizontal axis; the row number where there is no such column.
+        marks: x positions of vertical lines, such as the first epoch of each phase.
+        title: above it all.
+    """
+    columns = {str(name): np.asarray(history[name]) for name in history if str(name) != x}
+    numeric = {name: values.astype(float) for name, values in columns.items() if values.dtype.kind in "fiub"}
+    steps = np.asarray(history[x], dtype=float) if x in history else np.arange(len(next(iter(numeric.values()), [])))
+    panels: dict[str, list[str]] = {}
+    for name in numeric:
+        panels.setdefault(name.rpartition("/")[2], []).append(name)
+    count = max(1, len(panels))
+    wide = min(3, count)
+    figure = new_figure(4.2 * wide, 3.2 * -(-count // wide))
+    for place, (metric, names) in enumerate(panels.items()):
+        axes = figure.add_subplot(-(-count // wide), wide, place + 1, xlabel=x, title=metric)
+        for name, (colour, line, marker) in zip(names, cycle(STYLES), strict=False):
+            axes.plot(steps, numeric[name], line, color=colour, marker=marker, markersize=3, label=name)
+        for mark in marks:
+            axes.axvline(mark, color="0.6", linewidth=0.8, linestyle=":")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.suptitle(title)
+    return figure
+
+
+def confusion(table: Array, classes: Sequence[str], title: str = "") -> Figure:
+    """Draw a confusion matrix, rows truth and columns prediction, shaded by the share of the row.
+
+    Args:
+        table: ``(K, K)`` int counts, as `metrics.confusion` makes them.
+        classes: K names, in column order.
+        title: above it.
+    """
+    share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
+    side = min(24.0, max(4.5, 2.2 + 0.38 * len(classes)))
+    figure = new_figure(side, side * 0.92)
+    axes = figure.add_subplot(xlabel="predicted", ylabel="truth", title=title)
+    picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize="small")
+    axes.set_yticks(range(len(classes)), classes, fontsize="small")
+    if len(classes) <= 40:  # beyond, numbers are unreadable and slow to draw
+        for row, column in zip(*np.nonzero(table), strict=True):
+            ink = "white" if share[row, column] > 0.5 else "black"
+            axes.text(column, row, str(table[row, column]), ha="center", va="center", color=ink, fontsize="small")
+    figure.colorbar(picture, ax=axes, fraction=0.045, label="share of the row")
+    return figure
+
+
+def bar(
+    names: Sequence[str], values: Sequence[float] | Array, title: str = "", label: str = "", errors: Any = None
+) -> Figure:
+    """Draw one horizontal bar per name, first at the top, with its value written at the end.
+
+    Args:
+        names: of the bars.
+        values: ``(N,)`` lengths.
+        title: above it.
+        label: of the value axis.
+        errors: ``(N,)`` half widths or ``(2, N)`` distances below and above, or None.
+    """
+    figure = new_figure(7.0, 1.2 + 0.32 * max(1, len(names)))
+    axes = figure.add_subplot(xlabel=label, title=title)
+    places = np.arange(len(names))
+    axes.barh(places, values, color=STYLES[0][0], xerr=errors, ecolor="0.2", capsize=3)
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+    for place, value in zip(places, values, strict=True):
+        axes.annotate(f"{value:.4g}", (value, place), xytext=(4, 0), textcoords="offset points", va="center")
+    axes.margins(x=0.15)
+    return figure
+
+
+def grid(
+    images: Sequence[Array], captions: Sequence[str] = (), title: str = "", columns: int = 6, points: Any = None
+) -> Figure:
+    """Draw small pictures in rows, each with a caption under it.
+
+    Args:
+        images: ``(H, W, 3)`` or ``(H, W)`` uint8 arrays, of any sizes.
+        captions: one per image, or none.
+        title: above it all.
+        columns: pictures in a row.
+        points: per image, a mapping from a marker name to ``(P, 2)`` x, y pixels in that image, or None.
+    """
+    columns = max(1, min(columns, len(images)))
+    rows = max(1, -(-len(images) // columns))
+    figure = new_figure(1.9 * columns, 2.15 * rows + 0.3 * bool(title))
+    for place, image in enumerate(images):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        axes.imshow(image, cmap="gray" if image.ndim == 2 else None, vmin=0, vmax=255)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_xlabel(captions[place] if captions else "", fontsize="x-small")
+        named = points[place] if points is not None else {}
+        for (name, where), (colour, _, _), marker in zip(named.items(), cycle(STYLES[1::-1]), "+x", strict=False):
+            axes.plot(where[:, 0], where[:, 1], marker, color=colour, markersize=5, label=name)
+        if named and place == 0:
+            axes.legend(fontsize="xx-small", loc="upper left")
+    figure.suptitle(title)
+    return figure
