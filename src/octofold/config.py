@@ -137,7 +137,7 @@ def _rows(schema: type[Section], prefix: str) -> Iterator[tuple[str, str, str]]:
         if inner is not None and not _is_optional(field.annotation):
             yield from _rows(inner, f"{prefix}{name}.")
             continue
-        default = field.get_default(call_default_factory=True)  # type: ignore[call-arg]
+        default = field.get_default(call_default_factory=True)
         shown = "required" if default is PydanticUndefined else f"default: {_show(default)}"
         yield prefix + name, f"{_type_name(field.annotation)} ({shown})", field.description or ""
 

@@ -1,0 +1,101 @@
+"""What every test shares: its own project folder, the real photos when they are there, whole commands by subprocess."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED = REPOSITORY.parent / "shared" / "data"
+
+
+def _real(name: str) -> Path:
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"needs the real data set '{name}' in {SHARED}, which is not shipped with the repository")
+    return SHARED / name
+
+
+@pytest.fixture(scope="session")
+def grocery15() -> Path:
+    """Folder of the real grocery photos, or skip."""
+    return _real("grocery15")
+
+
+@pytest.fixture(scope="session")
+def mousekp() -> Path:
+    """Folder of the real mouse keypoints, or skip."""
+    return _real("mousekp")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The JSON object on stdout's last line."""
+        assert self.code == 0, self.err
+        found: dict[str, Any] = json.loads(self.out.strip().splitlines()[-1])
+        return found
+
+
+@dataclass(frozen=True)
+class House:
+    """A project folder of one's own: `mlruns/` and `data/` land in `home`."""
+
+    home: Path
+
+    def environment(self) -> dict[str, str]:
+        """Environment of a command in this house."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+        return kept | {
+            "OCTOFOLD_HOME": str(self.home),
+            "OMP_NUM_THREADS": "1",
+            "NO_ALBUMENTATIONS_UPDATE": "1",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "GIT_CEILING_DIRECTORIES": "",
+        }
+
+    def run(self, entry: str, *flags: object, cwd: Path | None = None, timeout: float = 600) -> Outcome:
+        """Run ``python entrypoints/<entry>.py`` and return how it ended."""
+        command = [sys.executable, str(REPOSITORY / "entrypoints" / f"{entry}.py"), *map(str, flags)]
+        done = subprocess.run(
+            command, cwd=cwd or self.home, env=self.environment(), capture_output=True, text=True, timeout=timeout
+        )
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> House:
+    """A fresh house whose path contains a space."""
+    home = tmp_path / "a house"
+    home.mkdir()
+    return House(home)
+
+
+@pytest.fixture(scope="session")
+def shared_house(tmp_path_factory: pytest.TempPathFactory) -> House:
+    """One house for the tests of a session that only read what others of their file built."""
+    return House(tmp_path_factory.mktemp("shared house"))
+
+
+@pytest.fixture
+def refuses() -> Iterator[Callable[[Outcome, str], None]]:
+    """Check that a command ended as a user's mistake should: exit 2, no traceback, and the words that help."""
+
+    def check(outcome: Outcome, words: str) -> None:
+        assert outcome.code == 2, f"exit {outcome.code}\n{outcome.err}"
+        assert "Traceback" not in outcome.err
+        assert words in outcome.err, outcome.err
+
+    yield check
