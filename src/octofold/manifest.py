@@ -104,7 +104,7 @@ class Manifest:
                 "task": self.task,
                 "classes": list(self.classes),
                 "competition": self.competition,
-                "images": str(self.images),
+                "images": _portable(self.images, path.parent),
                 "info": self.info,
                 "hash": self.hash if "fold" in self.table else "",
             },
@@ -112,6 +112,12 @@ class Manifest:
         with atomic(path) as temporary:
             self.table.to_csv(temporary, index=False, lineterminator="\n")
         return path
+
+
+def _portable(images: Path, folder: Path) -> str:
+    """The image folder relative to the manifest where it lies inside or beside it, so that both can move together."""
+    images, folder = images.resolve(), folder.resolve()
+    return str(images.relative_to(folder)) if images.is_relative_to(folder) else str(images)
 
 
 def read(path: Path | str) -> Manifest:
@@ -136,7 +142,7 @@ def read(path: Path | str) -> Manifest:
             classes=tuple(header["classes"]),
             file=path,
             competition=header["competition"],
-            images=Path(header["images"]),
+            images=(path.parent / header["images"]).resolve(),
             info=header["info"],
         )
     except (KeyError, TypeError) as error:
@@ -169,7 +175,15 @@ def _check(manifest: Manifest, path: Path) -> None:
     for name in manifest._point_columns() if manifest.is_labelled else []:
         if name not in table:
             raise UserError(path, expected=f"column {name}", got=preview(table.columns, 12))
-        table[name] = pd.to_numeric(table[name], errors="coerce")
+        number = pd.to_numeric(table[name], errors="coerce")
+        odd = number.isna() & (table[name].astype(str).str.strip() != "") & table[name].notna()
+        if odd.any() or np.isinf(number).any():
+            raise UserError(
+                path,
+                expected=f"numbers (or nothing) in column {name}",
+                got=preview(table[name][odd | np.isinf(number)]),
+            )
+        table[name] = number
     if "fold" in table:
         fold = pd.to_numeric(table["fold"], errors="coerce")
         if fold.isna().any() or (fold != fold.round()).any() or (fold < 0).any():
