@@ -23,7 +23,8 @@ demo: setup      ## the whole job on scikit-learn's digits, under 3 minutes
 	@$(BIN)/python entrypoints/demo.py
 
 ui: setup        ## MLflow over mlruns/, at http://127.0.0.1:5000
-	@$(BIN)/python entrypoints/ui.py
+	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --host 127.0.0.1 --port 5000 --workers 1 \
+	  --backend-store-uri sqlite:///mlruns/mlflow.db --no-serve-artifacts --default-artifact-root "$(CURDIR)/mlruns/artifacts"
 
 dashboard: setup ## Optuna's dashboard over mlruns/optuna.db
 	@$(BIN)/optuna-dashboard sqlite:///mlruns/optuna.db

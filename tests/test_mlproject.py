@@ -37,7 +37,9 @@ def test_declared_parameters_are_used_and_exist(entry: str) -> None:
     assert set(re.findall(r"\{(\w+)\}", command)) == declared
     assert set(re.findall(r"--(\w+) ", command)) == declared
     assert declared <= set(schema_of(script[1]).model_fields)
-    assert all("default" not in spec for spec in ENTRIES[entry].get("parameters", {}).values() if isinstance(spec, dict))
+    assert all(
+        "default" not in spec for spec in ENTRIES[entry].get("parameters", {}).values() if isinstance(spec, dict)
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -132,3 +132,13 @@ class Tune(Section):
     trials: int = Field(20, ge=1, description="trials to reach in this study")
     study: str = Field("", description="study name; the same name resumes. Empty = <competition>.<config name>")
     storage: str = Field("", description="Optuna storage URL; empty = sqlite in mlruns/optuna.db")
+
+
+class Demo(Section):
+    """The whole job on scikit-learn's digits."""
+
+    folds: int = Field(4, ge=2, le=10, description="folds of each member")
+    configs: list[Path] = Field(
+        [Path("configs/digits/cnn.yaml"), Path("configs/digits/wide.yaml")], description="recipes of the members"
+    )
+    stage: Stage = Field("production", description="registry stage to promote to")

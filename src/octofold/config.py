@@ -48,7 +48,7 @@ def load(schema: type[S], argv: Sequence[str]) -> S:
     """
     flags = _parse(argv)
     source = flags.get("config")
-    values = _read_yaml(existing(source, "a recipe (YAML)")) if source and "config" in schema.model_fields else {}
+    values = read_yaml(existing(source, "a recipe (YAML)")) if source and "config" in schema.model_fields else {}
     for key, text in flags.items():
         _put(values, key.split("."), _literal(text, _field_at(schema, key)), key)
     return build(schema, values, source or "command line", flags)
@@ -193,7 +193,12 @@ def _parse(argv: Sequence[str]) -> dict[str, str]:
     return flags
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping of settings; an empty file is an empty mapping.
+
+    Raises:
+        UserError: not YAML, or not a mapping.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError) as error:

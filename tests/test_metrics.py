@@ -1,0 +1,67 @@
+"""Scores agree with scikit-learn's, and with what they say of themselves."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn import metrics as reference
+
+from octofold.metrics import METRICS, calibration_error, confusion, point_mse, point_nme
+
+
+def sample(seed: int, classes: int, rows: int = 60) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.dirichlet(np.ones(classes), rows), np.r_[np.arange(classes), rng.integers(0, classes, rows - classes)]
+
+
+@given(st.integers(0, 10_000), st.integers(2, 6))
+def test_classification_scores_are_sklearns(seed: int, classes: int) -> None:
+    probs, target = sample(seed, classes)
+    called = probs.argmax(axis=1)
+    expected = {
+        "accuracy": reference.accuracy_score(target, called),
+        "balanced_accuracy": reference.balanced_accuracy_score(target, called),
+        "macro_f1": reference.f1_score(target, called, average="macro", labels=np.union1d(target, called)),
+        "log_loss": reference.log_loss(target, np.clip(probs, 1e-7, 1), labels=np.arange(classes)),
+        "quadratic_kappa": reference.cohen_kappa_score(target, called, weights="quadratic"),
+        "auc": reference.roc_auc_score(target, probs[:, 1] if classes == 2 else probs, multi_class="ovr"),
+    }
+    for name, value in expected.items():
+        assert METRICS[name].score(probs, target) == pytest.approx(value, abs=1e-6), name
+
+
+@pytest.mark.parametrize("name", [name for name, row in METRICS.items() if row.task == "classify"])
+def test_the_truth_scores_best(name: str) -> None:
+    _, target = sample(1, 4)
+    truth = np.eye(4)[target]
+    wrong = np.eye(4)[(target + 1) % 4]
+    better, worse = METRICS[name].score(truth, target), METRICS[name].score(wrong, target)
+    assert (better > worse) == METRICS[name].higher_is_better
+
+
+def test_brier_is_the_squared_distance() -> None:
+    probs, target = sample(2, 5)
+    assert METRICS["brier"].score(probs, target) == pytest.approx(((probs - np.eye(5)[target]) ** 2).sum(axis=1).mean())
+
+
+def test_a_class_nobody_has_does_not_count_in_macro_f1() -> None:
+    probs = np.eye(3)[[0, 1, 0]]
+    assert METRICS["macro_f1"].score(probs, np.array([0, 1, 0])) == 1.0
+
+
+def test_calibration_error_of_an_honest_and_a_boasting_model() -> None:
+    target = np.array([0] * 70 + [1] * 30)
+    assert calibration_error(np.tile([0.7, 0.3], (100, 1)), target) == pytest.approx(0, abs=1e-9)
+    assert calibration_error(np.tile([1.0, 0.0], (100, 1)), target) == pytest.approx(0.3)
+
+
+def test_confusion_counts_every_row_once() -> None:
+    table = confusion(np.array([1, 1, 0]), np.array([0, 1, 2]), 3)
+    assert table.tolist() == [[0, 1, 0], [0, 1, 0], [1, 0, 0]]
+
+
+def test_points_without_truth_do_not_count() -> None:
+    target = np.array([[[0.0, 0.0], [np.nan, np.nan], [3.0, 4.0]]])
+    points = np.array([[[1.0, 0.0], [99.0, 99.0], [3.0, 4.0]]])
+    assert point_mse(points, target) == pytest.approx(0.25)
+    assert point_nme(points, target) == pytest.approx((1 / 5 + 0) / 2)
