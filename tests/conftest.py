@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def shared_house(tmp_path_factory: pytest.TempPathFactory) -> House:
 
 
 @pytest.fixture
-def refuses() -> Iterator[Callable[[Outcome, str], None]]:
+def refuses() -> Callable[[Outcome, str], None]:
     """Check that a command ended as a user's mistake should: exit 2, no traceback, and the words that help."""
 
     def check(outcome: Outcome, words: str) -> None:
@@ -98,4 +98,4 @@ def refuses() -> Iterator[Callable[[Outcome, str], None]]:
         assert "Traceback" not in outcome.err
         assert words in outcome.err, outcome.err
 
-    yield check
+    return check

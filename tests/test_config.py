@@ -71,9 +71,10 @@ def test_any_bytes_as_a_recipe_are_read_or_refused(tmp_path_factory: pytest.Temp
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
     path.write_bytes(blob)
     try:
-        config.build(Recipe, config.read_yaml(path), path)
-    except UserError as error:
-        assert "fuzz.yaml" in str(error)
+        recipe = config.build(Recipe, config.read_yaml(path), path)
+    except UserError:
+        return
+    assert recipe == Recipe() or blob.strip(), "only settings change a recipe"
 
 
 def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
