@@ -1,0 +1,374 @@
+"""The journal of decisions: append-only JSON lines, one per act of a reviewer, and their replay on a manifest.
+
+Nothing is ever changed in place: an undo is an entry, a change of mind is an entry, raw labels stay raw. An entry
+names its sample by `sample_id`, which is content, so decisions outlive moves, renames and new folds.
+"""
+
+import json
+import os
+import re
+import threading
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO
+
+import pandas as pd
+
+from octofold.errors import UserError, preview
+
+ACTIONS = ("keep", "relabel", "drop", "skip", "undo")
+"""What a reviewer can do; `skip` decides nothing, `undo` takes one earlier entry back."""
+
+_ID = re.compile(r"[A-Za-z0-9_.\-]{1,100}")
+_LONGEST = 2000  # characters of any text in an entry; a class name or a path is shorter
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One act.
+
+    Attributes:
+        sample_id: the image judged.
+        action: one of `ACTIONS`.
+        label: the label the reviewer saw ("" for keypoints).
+        target: the new label of a relabel, else "".
+        undoes: the entry an undo takes back, else "".
+        after: the sample's latest entry when the reviewer looked, "" if none: how overwriting is noticed.
+        reviewer, time: who, and when (ISO 8601, UTC).
+        manifest_hash: of the manifest under review.
+        path: where the image was then; for people, never used to find it.
+        entry: a unique id, so that the same entry read twice counts once.
+    """
+
+    sample_id: str
+    action: str
+    label: str = ""
+    target: str = ""
+    undoes: str = ""
+    after: str = ""
+    reviewer: str = ""
+    time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
+    manifest_hash: str = ""
+    path: str = ""
+    entry: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not isinstance(value, str) or len(value) > _LONGEST or not _is_text(value):
+                raise ValueError(f"'{name}' must be text of at most {_LONGEST} characters")
+        if self.action not in ACTIONS:
+            raise ValueError(f"no such action: {self.action[:40]!r}; one of {', '.join(ACTIONS)}")
+        for name in ("sample_id", "entry"):
+            if not _ID.fullmatch(getattr(self, name)):
+                raise ValueError(f"'{name}' must be an id: letters, digits, _ . -")
+        if (self.action == "relabel") != bool(self.target):
+            raise ValueError("a relabel, and nothing else, has a 'target'")
+        if (self.action == "undo") != bool(self.undoes):
+            raise ValueError("an undo, and nothing else, 'undoes' an entry")
+
+    def line(self) -> str:
+        """Return the entry as one line of JSON, empty fields left out."""
+        return json.dumps({key: value for key, value in asdict(self).items() if value}, ensure_ascii=False) + "\n"
+
+
+def _is_text(value: str) -> bool:
+    """Whether UTF-8 can hold it (a lone surrogate cannot be written)."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def parse(line: str) -> Entry:
+    """Read one line of a journal.
+
+    Raises:
+        ValueError: cut short, not JSON, or not an entry; the text says which.
+    """
+    try:
+        values = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"cut short or not JSON ({str(error)[:80]})") from error
+    if not isinstance(values, dict):
+        raise ValueError("not an object")
+    missing = {"sample_id", "action", "entry", "time"} - set(values)
+    if missing:
+        raise ValueError(f"no {', '.join(sorted(missing))}")
+    # A newer version may write more fields: what we know is read, the rest is left alone.
+    return Entry(**{key: value for key, value in values.items() if key in Entry.__dataclass_fields__})
+
+
+class Journal:
+    """One journal file, shared safely by threads, tabs and processes.
+
+    Attributes:
+        path: the JSONL file; made at the first append.
+        entries: every sound entry so far, in file order, each id once.
+        damaged: ``(line number, what is wrong)`` of lines that are not entries. They are kept in the file.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._mutex = threading.RLock()
+        self._forget()
+        self.refresh()
+
+    def _forget(self) -> None:
+        self.entries: list[Entry] = []
+        self.damaged: list[tuple[int, str]] = []
+        self._by_id: dict[str, Entry] = {}
+        self._standing: dict[str, list[Entry]] = {}
+        self._offset = 0
+        self._lines = 0
+
+    def refresh(self) -> None:
+        """Take in what others have appended since.
+
+        Raises:
+            UserError: the file is a folder, or cannot be read.
+        """
+        with self._mutex:
+            try:
+                size = self.path.stat().st_size
+                if size < self._offset:  # somebody put an older copy back: what it says now is the truth
+                    self._forget()
+                with self.path.open("rb") as file:
+                    file.seek(self._offset)
+                    fresh = file.read()
+            except FileNotFoundError:
+                self._forget()
+                return
+            except OSError as error:
+                raise UserError(self.path, expected="a journal (JSON lines)", got=error.strerror or "") from error
+            whole = fresh[: fresh.rfind(b"\n") + 1]  # the rest is a line still being written, or cut by a kill
+            self._offset += len(whole)
+            for line in whole.split(b"\n")[:-1]:
+                self._lines += 1
+                self._take(line)
+
+    def _take(self, line: bytes) -> None:
+        if not line.strip(b" \t\r\0"):
+            return  # a blank, or the zeros some file systems leave after a power cut
+        try:
+            entry = parse(line.decode("utf-8").removeprefix("\ufeff"))
+        except ValueError as error:  # UnicodeDecodeError is one too
+            self.damaged.append((self._lines, str(error)))
+            return
+        known = self._by_id.get(entry.entry)
+        if known is not None:
+            if known != entry:
+                self.damaged.append((self._lines, f"entry {entry.entry} says something else than before"))
+            return
+        if entry.action == "undo" and not self._undo(entry):
+            self.damaged.append((self._lines, f"undoes {entry.undoes}, which does not stand here"))
+            return
+        if entry.action != "undo":
+            self._standing.setdefault(entry.sample_id, []).append(entry)
+        self._by_id[entry.entry] = entry
+        self.entries.append(entry)
+
+    def _undo(self, undo: Entry) -> bool:
+        standing = self._standing.get(undo.sample_id, [])
+        kept = [entry for entry in standing if entry.entry != undo.undoes]
+        self._standing[undo.sample_id] = kept
+        return len(kept) < len(standing)
+
+    def standing(self, sample_id: str) -> Entry | None:
+        """The latest entry of a sample that no undo has taken back: its decision, or None."""
+        found = self._standing.get(sample_id)
+        return found[-1] if found else None
+
+    def decisions(self) -> dict[str, Entry]:
+        """``{sample_id: standing entry}`` in file order, skips left out: a skip decides nothing."""
+        firm = {
+            entry.sample_id: entry.entry
+            for entries in self._standing.values()
+            for entry in entries
+            if entry.action != "skip"
+        }
+        last = set(firm.values())
+        return {entry.sample_id: entry for entry in self.entries if entry.entry in last}
+
+    def append(self, entries: Iterable[Entry]) -> tuple[list[Entry], list[tuple[Entry, Entry | None]]]:
+        """Write acts at once, those first checked against what others wrote meanwhile.
+
+        An act is refused when the sample's standing entry is no longer the one its reviewer saw (`after`), or
+        when an undo's entry no longer stands. Written means on the disk (fsync). The same entry sent twice is
+        written once.
+
+        Returns:
+            the entries written (or already there), and the refused ones, each with what stands instead.
+
+        Raises:
+            UserError: the file cannot be written; entries not returned were not written.
+        """
+        written: list[Entry] = []
+        refused: list[tuple[Entry, Entry | None]] = []
+        with self._mutex, self._locked() as file:
+            self.refresh()
+            lines = []
+            touched: set[str] = set()  # a second act on one sample in one call could not have seen the first
+            for entry in entries:
+                if self._by_id.get(entry.entry) == entry:
+                    written.append(entry)
+                    continue
+                now = self.standing(entry.sample_id)
+                if entry.sample_id in touched or (now.entry if now else "") != (entry.undoes or entry.after):
+                    refused.append((entry, now))
+                    continue
+                touched.add(entry.sample_id)
+                lines.append(entry.line().encode())
+                written.append(entry)
+            if lines:
+                self._write(file, self._mend_tail(file) + lines)
+                self.refresh()
+        return written, refused
+
+    def _mend_tail(self, file: IO[bytes]) -> list[bytes]:
+        """A kill may have left half a line: end it, so that it spoils no line of ours."""
+        return [b"\n"] if file.seek(0, os.SEEK_END) > self._offset else []
+
+    def _write(self, file: IO[bytes], lines: list[bytes]) -> None:
+        try:
+            file.write(b"".join(lines))
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            self.path, expected="to append to the journal", got=error.strerror or str(error), fix="free disk space"
+        )
+
+    @contextmanager
+    def _locked(self) -> Iterator[IO[bytes]]:
+        import fcntl
+
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = self.path.open("ab", buffering=0)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file closes, even by a kill
+            yield file
+
+
+def read(path: Path | str) -> Journal:
+    """Read a journal that must be there, its last line even if a kill cut the line end off.
+
+    Raises:
+        UserError: no such file, or not one that can be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(path, expected="a journal of decisions (JSONL)", got="no such file", fix="run clean first")
+    journal = Journal(path)
+    with path.open("rb") as file:
+        file.seek(journal._offset)
+        tail = file.read()
+    if tail:
+        journal._lines += 1
+        journal._take(tail)
+    return journal
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a journal did to a table.
+
+    Attributes:
+        table: the new table; the old one is untouched.
+        report: a row per decided sample: ``sample_id, action, before, after, outcome, note, reviewer, time, entry``.
+            outcome: applied | already | confirmed | gone | conflict | unknown class.
+        damaged: lines of the journal that could not be read.
+    """
+
+    table: pd.DataFrame
+    report: pd.DataFrame
+    damaged: list[tuple[int, str]]
+
+    def summary(self) -> str:
+        """Say in one line what was done and what was not."""
+        pairs = list(zip(self.report["outcome"], self.report["action"], strict=True))
+        parts = [f"{pairs.count(pair)} {pair[1]} {pair[0]}" for pair in sorted(set(pairs))]
+        if self.damaged:
+            parts.append(
+                f"{len(self.damaged)} unreadable lines (first: line {self.damaged[0][0]}: {self.damaged[0][1]})"
+            )
+        return ", ".join(parts) or "no decisions"
+
+
+_COLUMNS = ["sample_id", "action", "before", "after", "outcome", "note", "reviewer", "time", "entry"]
+
+
+def replay(
+    journal: "Journal | Sequence[Entry]",
+    table: pd.DataFrame,
+    classes: Sequence[str] | None = None,
+    same_as: Mapping[str, str] | None = None,
+) -> Replayed:
+    """Apply the standing decisions to a manifest's table; pure, and twice is once.
+
+    A relabel or a drop judged the image, so it holds even where the raw label has changed since; a keep judged the
+    label, so a keep of a label that is no longer there is a conflict and the sample should be looked at again.
+
+    Args:
+        journal: a `Journal`, or entries in order.
+        table: with columns `sample_id` (unique) and, for classes, `label`. Other columns travel along.
+        classes: the names a relabel may use; None = those in `table`.
+        same_as: ``{journal's sample_id: sample_id here}`` of images that were re-encoded since and matched by
+            near-duplicate search; said in the note.
+
+    Returns:
+        the new table (dropped rows gone, order kept, index renumbered) and what became of each decision.
+    """
+    if not isinstance(journal, Journal):
+        journal = _in_memory(journal)
+    new = table.copy()
+    place = {name: row for row, name in enumerate(table["sample_id"].astype(str))}
+    names = set(classes if classes is not None else table["label"] if "label" in table else ())
+    labels = table["label"].astype(str).tolist() if "label" in table else [""] * len(table)
+    dropped: set[int] = set()
+    rows = []
+    for sample_id, entry in journal.decisions().items():
+        here = sample_id if sample_id in place else (same_as or {}).get(sample_id, sample_id)
+        row = place.get(here)
+        before = labels[row] if row is not None else entry.label
+        outcome, after, note = _judge(entry, before, row is not None, names)
+        if here != sample_id:
+            note = f"re-encoded since, matched from {sample_id}; {note}".rstrip("; ")
+        if row is not None:  # the later decision wins where two ids have become one image
+            (dropped.add if entry.action == "drop" else dropped.discard)(row)
+        if row is not None and outcome == "applied" and entry.action == "relabel":
+            labels[row] = after
+        rows.append([here, entry.action, before, after, outcome, note, entry.reviewer, entry.time, entry.entry])
+    if "label" in new:
+        new["label"] = pd.Series(labels, index=new.index, dtype=new["label"].dtype)
+    keep = [row not in dropped for row in range(len(new))]
+    return Replayed(new[keep].reset_index(drop=True), pd.DataFrame(rows, columns=_COLUMNS), list(journal.damaged))
+
+
+def _judge(entry: Entry, before: str, is_here: bool, classes: set[str]) -> tuple[str, str, str]:
+    """``(outcome, label after, note)`` of one decision on a sample now labelled `before`."""
+    if not is_here:
+        done = entry.action == "drop"
+        return ("already" if done else "gone"), "", "" if done else "no image with this content any more"
+    if entry.action == "drop":
+        return "applied", "", ""
+    moved = f"judged as '{entry.label}', labelled '{before}' now" if before not in (entry.label, entry.target) else ""
+    if entry.action == "keep":
+        return ("conflict", before, f"{moved}: look again") if moved else ("confirmed", before, "")
+    if entry.target not in classes:
+        return "unknown class", before, f"'{entry.target}' is none of {preview(sorted(classes), 8)}"
+    return ("already" if before == entry.target else "applied"), entry.target, moved
+
+
+def _in_memory(entries: Sequence[Entry]) -> Journal:
+    journal = Journal(os.devnull)
+    for number, entry in enumerate(entries, start=1):
+        journal._lines = number
+        journal._take(entry.line().encode())
+    return journal

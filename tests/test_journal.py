@@ -1,0 +1,276 @@
+"""The journal: written at once, robust to cuts, shared by many, replayed twice = once."""
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from octofold.errors import UserError
+from octofold.journal import ACTIONS, Entry, Journal, parse, read, replay
+
+CLASSES = ("apple", "kiwi", "лимон")
+
+
+def table(**labels: str) -> pd.DataFrame:
+    """Samples a, b, … with these labels; fold and group travel along."""
+    names = list(labels)
+    return pd.DataFrame(
+        {"sample_id": names, "path": [f"{name}.jpg" for name in names], "label": list(labels.values())}
+    ).assign(group="", fold=range(len(names)))
+
+
+def labels_of(frame: pd.DataFrame) -> dict[str, str]:
+    return dict(zip(frame["sample_id"], frame["label"], strict=True))
+
+
+def act(sample: str, action: str = "keep", label: str = "apple", **more: str) -> Entry:
+    return Entry(sample, action, label=label, **more)
+
+
+def test_every_decision_does_what_it_says() -> None:
+    before = table(a="apple", b="apple", c="apple", d="apple", e="apple")
+    untouched = before.copy()
+    entries = [act("a"), act("b", "relabel", target="kiwi"), act("c", "drop"), act("d", "skip")]
+    done = replay(entries, before, CLASSES)
+    assert labels_of(done.table) == {"a": "apple", "b": "kiwi", "d": "apple", "e": "apple"}
+    assert done.table["fold"].tolist() == [0, 1, 3, 4], "folds stay with their samples"
+    assert dict(zip(done.report["sample_id"], done.report["outcome"], strict=True)) == {
+        "a": "confirmed",
+        "b": "applied",
+        "c": "applied",
+    }
+    pd.testing.assert_frame_equal(before, untouched)
+
+
+def test_an_undo_brings_back_what_stood_before() -> None:
+    first = act("a", "relabel", target="kiwi")
+    second = act("a", "drop", after=first.entry)
+    undo = act("a", "undo", undoes=second.entry)
+    assert labels_of(replay([first, second], table(a="apple"), CLASSES).table) == {}
+    assert labels_of(replay([first, second, undo], table(a="apple"), CLASSES).table) == {"a": "kiwi"}
+    undo_all = [first, second, undo, act("a", "undo", undoes=first.entry)]
+    assert labels_of(replay(undo_all, table(a="apple"), CLASSES).table) == {"a": "apple"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "now", "outcome", "label"),
+    [
+        (act("a", "relabel", target="kiwi"), "лимон", "applied", "kiwi"),  # judged the image: holds
+        (act("a", "relabel", target="kiwi"), "kiwi", "already", "kiwi"),
+        (act("a", "keep"), "лимон", "conflict", "лимон"),  # judged a label that is gone
+        (act("a", "relabel", target="plum"), "apple", "unknown class", "apple"),
+        (act("gone", "relabel", target="kiwi"), "apple", "gone", "apple"),
+        (act("gone", "drop"), "apple", "already", "apple"),
+    ],
+)
+def test_a_manifest_that_moved_on(entry: Entry, now: str, outcome: str, label: str) -> None:
+    done = replay([entry], table(a=now), CLASSES)
+    assert done.report["outcome"].tolist() == [outcome]
+    assert labels_of(done.table)["a"] == label
+    assert outcome in done.summary()
+
+
+def test_decisions_follow_a_re_encoded_image_and_say_so() -> None:
+    done = replay([act("old", "relabel", target="kiwi")], table(new="apple"), CLASSES, same_as={"old": "new"})
+    assert labels_of(done.table) == {"new": "kiwi"}
+    assert "re-encoded" in done.report["note"][0]
+
+
+def test_the_later_decision_wins_where_two_ids_became_one_image() -> None:
+    entries = [act("old", "drop"), act("new", "keep")]
+    assert labels_of(replay(entries, table(new="apple"), CLASSES, same_as={"old": "new"}).table) == {"new": "apple"}
+
+
+def test_keypoints_have_no_label_and_can_be_dropped() -> None:
+    points = pd.DataFrame({"sample_id": ["a", "b"], "nose_x": [1.0, 2.0], "nose_y": [3.0, float("nan")]})
+    done = replay([act("a", "drop", label=""), act("b", label="")], points, ("nose",))
+    assert done.table["sample_id"].tolist() == ["b"]
+    assert done.report["outcome"].tolist() == ["applied", "confirmed"]
+
+
+samples = st.sampled_from(["a", "b", "c", "gone"])
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> list[Entry]:
+    """Any acts in any order, undos of anything included."""
+    entries: list[Entry] = []
+    for number in range(draw(st.integers(0, 12))):
+        action = draw(st.sampled_from(ACTIONS))
+        sample, target, undoes = draw(samples), "", ""
+        if action == "undo":
+            if not entries:
+                continue
+            chosen = draw(st.sampled_from(entries))
+            sample, undoes = chosen.sample_id, chosen.entry
+        if action == "relabel":
+            target = draw(st.sampled_from([*CLASSES, "plum"]))
+        entries.append(
+            act(sample, action, draw(st.sampled_from(CLASSES)), target=target, undoes=undoes, entry=f"e{number}")
+        )
+    return entries
+
+
+@given(histories())
+@settings(deadline=None, max_examples=80)
+def test_the_same_decisions_twice_are_the_same_as_once(entries: list[Entry]) -> None:
+    before = table(a="apple", b="kiwi", c="лимон")
+    once = replay(entries, before, CLASSES)
+    pd.testing.assert_frame_equal(once.table, replay(entries + entries, before, CLASSES).table)
+    pd.testing.assert_frame_equal(once.table, replay(entries, once.table, CLASSES).table)
+
+
+line_breakers = st.text(max_size=40) | st.sampled_from(["\u2028", "\x85", "\n", "\r\n", '"', "\x00", "\ufeff", "</x>"])
+
+
+@given(label=line_breakers, path=line_breakers, reviewer=line_breakers)
+@settings(deadline=None)
+def test_an_entry_survives_its_line(label: str, path: str, reviewer: str) -> None:
+    entry = act("a", label=label, path=path, reviewer=reviewer)
+    line = entry.line()
+    assert line.count("\n") == 1
+    assert parse(line) == entry
+
+
+@given(data=st.binary(max_size=300) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "replace")))
+@settings(deadline=None, max_examples=150)
+def test_any_bytes_are_read_without_a_traceback(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    path = tmp_path_factory.mktemp("fuzz") / "j.jsonl"
+    good = act("a", "relabel", target="kiwi")
+    path.write_bytes(data + b"\n" + good.line().encode() + data)
+    journal = read(path)
+    assert good in journal.entries or b"\n" not in data + b"\n"
+    replay(journal, table(a="apple"), CLASSES)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from([*Entry.__dataclass_fields__, "new"]), json_values | st.sampled_from(ACTIONS)))
+@settings(deadline=None, max_examples=150)
+def test_any_object_is_an_entry_or_is_refused_by_name(values: dict[str, object]) -> None:
+    try:
+        entry = parse(json.dumps(values))
+    except ValueError:
+        return
+    assert all(isinstance(getattr(entry, name), str) for name in Entry.__dataclass_fields__)
+
+
+def test_a_cut_at_any_byte_loses_only_the_cut_line(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    entries = [act(name, "relabel", target="лимон") for name in "abc"]
+    whole = "".join(entry.line() for entry in entries).encode()
+    for length in range(len(whole) + 1):
+        path.write_bytes(whole[:length])
+        found = read(path)
+        sound = sum(
+            len(whole[:length]) >= len("".join(e.line() for e in entries[: n + 1]).encode()) - 1 for n in range(3)
+        )
+        assert found.entries == entries[:sound]
+        late = act("late", "drop")
+        assert Journal(path).append([late]) == ([late], [])
+        assert read(path).entries == [*entries[:sound], late], "what is written after a cut is whole"
+
+
+def test_a_damaged_line_is_named_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    path.write_text(act("a").line() + '{"sample_id": "b", "act\n' + '{"action":"fly"}\n' + act("c").line())
+    journal = read(path)
+    assert [number for number, _ in journal.damaged] == [2, 3]
+    assert [entry.sample_id for entry in journal.entries] == ["a", "c"]
+    journal.append([act("d")])
+    assert '"act\n' in path.read_text(), "append-only: even a damaged line stays"
+
+
+def test_two_reviewers_never_overwrite_each_other(tmp_path: Path) -> None:
+    one, two = Journal(tmp_path / "j.jsonl"), Journal(tmp_path / "j.jsonl")
+    mine = act("a", reviewer="one")
+    theirs = act("a", "drop", reviewer="two")
+    assert one.append([mine]) == ([mine], [])
+    assert two.append([theirs]) == ([], [(theirs, mine)]), "two has not seen it: refused, and shown what stands"
+    seen = act("a", "drop", reviewer="two", after=mine.entry)
+    assert two.append([seen]) == ([seen], [])
+    stale_undo = act("a", "undo", undoes=mine.entry)
+    assert one.append([stale_undo]) == ([], [(stale_undo, seen)])
+    assert one.append([mine]) == ([mine], []), "sent again after a lost answer: written once"
+    assert len(read(tmp_path / "j.jsonl").entries) == 2
+
+
+def test_one_call_cannot_judge_a_sample_twice(tmp_path: Path) -> None:
+    first, second = act("a"), act("a", "drop")
+    assert Journal(tmp_path / "j.jsonl").append([first, second]) == ([first], [(second, None)])
+
+
+def _append_many(path: Path, name: str) -> None:
+    journal = Journal(path)
+    for number in range(60):
+        journal.append([act(f"{name}{number}", reviewer=name)])
+
+
+def test_processes_at_once_lose_nothing(tmp_path: Path) -> None:
+    spawn = multiprocessing.get_context("fork")
+    workers = [spawn.Process(target=_append_many, args=(tmp_path / "j.jsonl", name)) for name in "xyz"]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    journal = read(tmp_path / "j.jsonl")
+    assert len(journal.entries) == 180
+    assert journal.damaged == []
+
+
+def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        journal = Journal(path)
+        for number in range(100_000):
+            entry = act(f"s{number}")
+            journal.append([entry])
+            os.write(send, f"{entry.entry}\n".encode())
+    os.close(send)
+    acknowledged = os.read(receive, 33 * 20)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with os.fdopen(receive, "rb") as rest:
+        names = (acknowledged + rest.read()).decode().split("\n")[:-1]
+    found = {entry.entry for entry in read(path).entries}
+    assert names
+    assert set(names) <= found
+
+
+def test_a_journal_put_back_from_a_backup_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    journal = Journal(path)
+    first, second = act("a"), act("b")
+    journal.append([first])
+    backup = path.read_bytes()
+    journal.append([second])
+    path.write_bytes(backup)
+    journal.refresh()
+    assert journal.entries == [first]
+    path.unlink()
+    journal.refresh()
+    assert journal.entries == []
+
+
+def test_refusals_say_where_and_what(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        read(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="journal"):
+        Journal(tmp_path)
+    journal = Journal(tmp_path / "folder" / "j.jsonl")
+    (tmp_path / "folder").write_text("in the way")
+    with pytest.raises(UserError, match="append to the journal"):
+        journal.append([act("a")])
