@@ -27,6 +27,9 @@ class Model(Section):
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth, share (models that have it)")
     head: Literal["linear", "mlp"] = Field("linear", description="the layer(s) put on the trunk's features")
     head_hidden: int = Field(512, ge=1, description="width of the mlp head's hidden layer")
+    normalize: Literal["weights", "imagenet", "half", "none"] = Field(
+        "weights", description="mean and std of the pixels: what the weights were trained with, or one of the usual"
+    )
     highpass: bool = Field(False, description="append a high-pass fourth channel inside the model (original 001)")
 
 
