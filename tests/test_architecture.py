@@ -12,7 +12,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 
 FOUNDATION = {"errors", "files", "config"}
 LEAVES = {"recipe", "commands", "metrics", "tta", "tracking", "compute", "plots"}
-PARTS = {"manifest", "images", "folds", "tasks", "augment", "models", "optim", "predictions", "engine", "space"}
+PARTS = {"manifest", "images", "folds", "tasks", "augment", "models", "optim", "predictions", "engine", "space", "journal"}
 HOME = {  # a heavy dependency and the one file that may say its name
     "mlflow": {"tracking", "served"},
     "optuna": {"tuning"},
