@@ -1,5 +1,23 @@
 """The one error a user can cause: it says where, what was expected, what came, what to do."""
 
+import os
+import re
+
+_SECRET_NAME = re.compile(r"PASSWORD|PASSWD|TOKEN|SECRET|CREDENTIAL|ACCESS_KEY|API_KEY", re.IGNORECASE)
+_URL_PASSWORD = re.compile(r"(\w://[^\s:/@]*):[^\s@/]+@")
+
+
+def redact(text: str) -> str:
+    """Blank secrets: passwords inside URLs, and the value of any environment variable named like a secret.
+
+    Everything that leaves the process (params, tags, logged text, error messages) goes through here.
+    """
+    text = _URL_PASSWORD.sub(r"\1:***@", text)
+    for name, value in os.environ.items():
+        if len(value) >= 6 and _SECRET_NAME.search(name) and not os.path.exists(value):
+            text = text.replace(value, "***")
+    return text
+
 
 class UserError(ValueError):
     """A mistake the user can mend. Entry points print it without a traceback and exit 2.
@@ -16,7 +34,7 @@ class UserError(ValueError):
         lines += [f"  expected: {expected}"] if expected else []
         lines += [f"  got:      {got}"] if got else []
         lines += [f"  do this:  {fix}"] if fix else []
-        super().__init__("\n".join(lines))
+        super().__init__(redact("\n".join(lines)))
 
 
 def known(kind: str, name: str, table: object) -> str:
