@@ -12,7 +12,21 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 
 FOUNDATION = {"errors", "files", "config"}
 LEAVES = {"recipe", "commands", "metrics", "tta", "tracking", "compute", "plots"}
-PARTS = {"manifest", "images", "folds", "tasks", "augment", "models", "optim", "predictions", "engine", "space", "journal"}
+PARTS = {
+    "manifest",
+    "images",
+    "folds",
+    "tasks",
+    "augment",
+    "models",
+    "optim",
+    "predictions",
+    "engine",
+    "space",
+    "journal",
+    "combining",
+    "ensemble",
+}
 HOME = {  # a heavy dependency and the one file that may say its name
     "mlflow": {"tracking", "served"},
     "optuna": {"tuning"},
@@ -30,6 +44,10 @@ BETWEEN_WORKFLOWS = {  # the exceptions, each because one writes what the other 
     ("review", "cleaning"),
     ("estimate", "blending"),
     ("serving", "inference"),
+    ("served", "inference"),
+    ("shards", "inference"),  # a big job is inference cut into parts,
+    ("results", "inference"),  # and what it leaves behind
+    ("results", "shards"),
 }
 
 

@@ -56,8 +56,8 @@ class Infer(Section):
         "", description="models:/NAME/VERSION, models:/NAME@alias, a checkpoint folder, or a folder of them"
     )
     competition: str = Field("", description="with --member and --stage: the registered fold models, bagged")
-    member: str = Field("", description="recipe name")
-    stage: Stage = Field("production", description="registry stage the member is taken from")
+    member: str = Field("", description="recipe name; empty = the competition's registered blend")
+    stage: Stage = Field("production", description="registry stage the member or blend is taken from")
     images: Path = Field(description="folder of images (searched recursively), one image, or a manifest CSV")
     tta: str = Field("geo8", description="views: none, flip, geo4, geo8, geo8_original")
     out: Path | None = Field(
@@ -65,6 +65,11 @@ class Infer(Section):
     )
     sort_into: Path | None = Field(None, description="also copy each image into DIR/<predicted class>/")
     batch_size: int = Field(8, ge=1, description="images per pass, each in all views")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to compute")
+    shards: int = Field(0, ge=0, description="resumable parts the job is cut into; 0 = one per 2048 images")
+    shard: int | None = Field(
+        None, ge=0, description="make only this part (for several machines sharing mlruns/); null = all, then join"
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 = labels may differ in close calls")
 
 

@@ -1,22 +1,37 @@
-"""Inference: images in, probabilities or points out, over the views asked for."""
+"""Inference: images in, probabilities or points out, over the views asked for.
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+Each image is decoded once, a few ahead of the model in a thread; the views are made from the decoded batch, so
+memory does not grow with the number of images.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from octofold import tta
+from octofold.ensemble import Ensemble, Voice
 from octofold.errors import UserError, known
+from octofold.files import existing, sha256_file
+from octofold.images import SUFFIXES, Frame, PixelSpec, find_images, load, square
+from octofold.manifest import ID_LENGTH
+from octofold.manifest import read as read_manifest
 from octofold.tasks import make_task
 
 if TYPE_CHECKING:
-    from octofold.images import Frame
     from octofold.models import ModelCard, Net
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 def nested(views: str) -> dict[str, int]:
@@ -61,7 +76,7 @@ def predict_rows(
     net: "Net",
     card: "ModelCard",
     squares: Iterable[Bytes],
-    frames: "Sequence[Frame] | None" = None,
+    frames: Sequence[Frame] | None = None,
     views: str = "geo8",
     precision: str = "fp32",
 ) -> dict[str, Floats]:
@@ -83,6 +98,7 @@ def predict_rows(
         UserError: keypoints without frames, or an output that is not finite.
     """
     task = make_task(card.task, card.classes, card.swap)
+    task.check_views(views)
     device = next(net.parameters()).device
     net.eval()
     parts: dict[str, list[Floats]] = {name: [] for name in nested(views)}
@@ -106,7 +122,7 @@ def predict_rows(
     return whole
 
 
-def to_pixels(points: Floats, frames: "Sequence[Frame] | None") -> Floats:
+def to_pixels(points: Floats, frames: Sequence[Frame] | None) -> Floats:
     """Take points ``(N, P, 2)`` from the unit square to pixels of the N original images.
 
     Raises:
@@ -118,3 +134,151 @@ def to_pixels(points: Floats, frames: "Sequence[Frame] | None") -> Floats:
     if not len(points):
         return points
     return np.stack([frame.to_pixels(rows) for frame, rows in zip(frames, points, strict=True)]).astype(np.float32)
+
+
+class Item(NamedTuple):
+    """An image to look at: its name for people, its file, and its id where a manifest gives one."""
+
+    name: str
+    path: Path
+    sample_id: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What there is to predict: a folder, a single image, or a manifest's rows."""
+
+    items: list[Item]
+    where: Path
+    is_manifest: bool
+
+
+def find(images: Path | str) -> Source:
+    """List the images under a folder (recursively), of a manifest CSV, or the one image given.
+
+    Raises:
+        UserError: nothing there, or no image in it.
+    """
+    path = existing(images, "a folder of images, an image, or a manifest (CSV)")
+    if path.is_dir():
+        items = [Item(file.relative_to(path).as_posix(), file) for file in find_images(path)]
+        if not items:
+            raise UserError(path, expected=f"images ({', '.join(SUFFIXES)}) in it or below", got="none")
+        return Source(items, path, False)
+    if path.suffix.lower() == ".csv":
+        manifest = read_manifest(path)
+        rows = zip(manifest.table["path"], manifest.paths, manifest.sample_ids, strict=True)
+        return Source([Item(str(name), file, str(one)) for name, file, one in rows], path, True)
+    return Source([Item(path.name, path)], path.parent, False)
+
+
+class Look(NamedTuple):
+    """A decoded image: one square and frame per distinct `PixelSpec`."""
+
+    item: Item
+    squares: dict[PixelSpec, Bytes]
+    frames: dict[PixelSpec, Frame]
+
+
+class Skipped(NamedTuple):
+    """An image that could not be read, and why."""
+
+    name: str
+    reason: str
+
+
+class Batch(NamedTuple):
+    """A few images and what was said of them."""
+
+    items: list[Item]
+    values: Floats
+    skipped: list[Skipped]
+
+
+def look(item: Item, specs: Sequence[PixelSpec]) -> Look | Skipped:
+    """Decode one image for every spec; give it its content's id where it has none."""
+    try:
+        views = {spec: load(item.path, spec) for spec in specs}
+    except UserError as error:
+        return Skipped(item.name, str(error).partition("got:")[2].partition("\n")[0].strip() or str(error))
+    known_item = item if item.sample_id else item._replace(sample_id=sha256_file(item.path)[:ID_LENGTH])
+    squares = {spec: square(pixels, spec.size) for spec, (pixels, _) in views.items()}
+    return Look(known_item, squares, {spec: frame for spec, (_, frame) in views.items()})
+
+
+def ahead(function: Callable[[T], U], items: Iterable[T], depth: int, workers: int = 1) -> Iterator[U]:
+    """Map in order with at most `depth` results waiting, computed by threads while the caller works."""
+    waiting: deque[Future[U]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > depth:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def stream(
+    ensemble: Ensemble, items: Iterable[Item], views: str = "geo8", batch_size: int = 8, workers: int = 1
+) -> Iterator[Batch]:
+    """Predict images as they come: decoded once each, a bounded number ahead, memory constant in their number.
+
+    Args:
+        ensemble: who speaks.
+        items: the images; several may have the same content.
+        views: row of `tta.VIEWS`.
+        batch_size: images per pass.
+        workers: decoding threads.
+
+    Yields:
+        Batches in order. Values are ``(B, K)`` probabilities or ``(B, P, 2)`` points in original pixels.
+    """
+    for voice in ensemble.voices:
+        voice.task.check_views(views)
+    specs = ensemble.specs
+    looks = ahead(lambda item: look(item, specs), items, depth=2 * batch_size, workers=workers)
+    while some := list(islice(looks, batch_size)):
+        seen = [one for one in some if isinstance(one, Look)]
+        skipped = [one for one in some if isinstance(one, Skipped)]
+        values = predict_looks(ensemble, seen, views) if seen else np.zeros((0,), np.float32)
+        yield Batch([one.item for one in seen], values, skipped)
+
+
+def predict_looks(ensemble: Ensemble, looks: Sequence[Look], views: str) -> Floats:
+    """Predict a few decoded images: every voice in every view, then bagged and combined.
+
+    Returns:
+        ``(B, K)`` probabilities or ``(B, P, 2)`` points in original pixels, float32.
+    """
+    stacked = {spec: np.stack([one.squares[spec] for one in looks]) for spec in ensemble.specs}
+    said = []
+    for voice in ensemble.voices:
+        values = _say(voice, stacked[voice.spec], views)
+        said.append(to_pixels(values, [one.frames[voice.spec] for one in looks]) if values.ndim == 3 else values)
+    return ensemble.speak(said)
+
+
+def _say(voice: Voice, squares: Bytes, views: str) -> Floats:
+    device = next(voice.net.parameters()).device
+    images = torch.from_numpy(squares).to(device).permute(0, 3, 1, 2)
+    return predict_views(voice.forward, voice.task, images, views)[views]
+
+
+def pick_device(name: str = "auto") -> str:
+    """Return ``cuda``, ``mps`` or ``cpu``: the one asked for, or the best there is.
+
+    Raises:
+        UserError: asked for one that is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(device for device, is_there in there.items() if is_there)
+    if not there.get(name):
+        raise UserError(
+            "--device", expected=f"one of {', '.join(d for d, is_there in there.items() if is_there)}", got=name
+        )
+    return name

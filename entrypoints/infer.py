@@ -1,0 +1,64 @@
+"""infer: models over a folder of images, one image or a manifest become Predictions.
+
+    python entrypoints/infer.py --model models:/grocery15.blend@production --images photos/
+    python entrypoints/infer.py --competition grocery15 --member lite0 --images data/grocery15/test.csv --tta geo8
+    python entrypoints/infer.py --model mlruns/work/grocery15/lite0/f0.s0/model --images photo.jpg --sort_into sorted/
+
+An image that cannot be read is named and left out. The same command goes on where it was stopped.
+"""
+
+from typing import Any
+
+from octofold.commands import Infer
+from octofold.config import log, run_main
+
+
+def run(config: Infer) -> dict[str, object]:
+    """Find the models, predict, write, log."""
+    from octofold import inference, results, shards, tracking
+    from octofold.errors import known
+    from octofold.files import ROOT
+    from octofold.tta import VIEWS
+
+    known("views", config.tta, VIEWS)
+    source = inference.find(config.images)
+    crew = _crew(config, inference.pick_device(config.device))
+    competition = config.competition or crew.voices[0].card.competition
+    with tracking.run("infer", config, competition, name=f"infer {crew.name}") as run:
+        result = shards.run(crew, source, config.tta, config.batch_size, config.precision, config.shards, config.shard)
+        if result is None:
+            return {"run_id": run.id, "shard": config.shard, "predictions": None}
+        out = config.out or ROOT / "runs" / "infer" / run.id
+        paths = results.write(result, out)
+        copied = results.sort_into(result, source, config.sort_into) if config.sort_into else 0
+        for path in paths.values():
+            run.log_artifact(path)
+        run.log_metrics({"infer/images": len(result.files), "infer/skipped": len(result.skipped)})
+        skipped = [{"file": one.name, "reason": one.reason} for one in result.skipped]
+        for one in result.skipped:
+            log.warning("skipped %s: %s", one.name, one.reason)
+        return {
+            "run_id": run.id, **paths, "images": len(result.files), "skipped": skipped, "sorted": copied,
+            "models": [voice.name for voice in crew.voices], "views": config.tta,
+        }  # fmt: skip
+
+
+def _crew(config: Infer, device: str) -> Any:
+    """The models the flags name, as one ensemble."""
+    from octofold import ensemble, tracking
+    from octofold.errors import UserError
+
+    if config.competition and config.member:
+        from octofold import registry
+
+        slots = registry.resolve(config.competition, config.stage, [config.member])[config.member]
+        return ensemble.load_bag([registry.fetch(slot) for slot in slots], device)
+    address = config.model or (f"models:/{config.competition}.blend@{config.stage}" if config.competition else "")
+    if not address:
+        raise UserError("infer", expected="--model, or --competition with --member", got="neither")
+    is_stored = address.startswith(("models:/", "runs:/"))
+    return ensemble.load(tracking.fetch_uri(address, address) if is_stored else address, device)
+
+
+if __name__ == "__main__":
+    run_main(Infer, run)
