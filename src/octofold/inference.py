@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
+from tqdm import tqdm
 
 from octofold import tta
 from octofold.ensemble import Ensemble, Voice
 from octofold.errors import UserError, known
 from octofold.files import existing, sha256_file
 from octofold.images import SUFFIXES, Frame, PixelSpec, find_images, load, square
-from octofold.manifest import ID_LENGTH
+from octofold.manifest import ID_LENGTH, Manifest
 from octofold.manifest import read as read_manifest
+from octofold.predictions import Predictions
 from octofold.tasks import make_task
 
 if TYPE_CHECKING:
@@ -166,10 +168,13 @@ def find(images: Path | str) -> Source:
             raise UserError(path, expected=f"images ({', '.join(SUFFIXES)}) in it or below", got="none")
         return Source(items, path, False)
     if path.suffix.lower() == ".csv":
-        manifest = read_manifest(path)
-        rows = zip(manifest.table["path"], manifest.paths, manifest.sample_ids, strict=True)
-        return Source([Item(str(name), file, str(one)) for name, file, one in rows], path, True)
+        return Source(_items(read_manifest(path)), path, True)
     return Source([Item(path.name, path)], path.parent, False)
+
+
+def _items(manifest: Manifest) -> list[Item]:
+    rows = zip(manifest.table["path"], manifest.paths, manifest.sample_ids, strict=True)
+    return [Item(str(name), path, str(sample_id)) for name, path, sample_id in rows]
 
 
 class Look(NamedTuple):
@@ -254,18 +259,70 @@ def predict_looks(ensemble: Ensemble, looks: Sequence[Look], views: str) -> Floa
     Returns:
         ``(B, K)`` probabilities or ``(B, P, 2)`` points in original pixels, float32.
     """
+    return ensemble.speak([said[views] for said in say(ensemble, looks, views)])
+
+
+def say(ensemble: Ensemble, looks: Sequence[Look], views: str) -> list[dict[str, Floats]]:
+    """Let every voice speak of a few decoded images.
+
+    Returns:
+        Per voice, for each view set nested in `views`: ``(B, K)`` probabilities in the order of the voice's own
+        classes, or ``(B, P, 2)`` points in original pixels.
+    """
     stacked = {spec: np.stack([one.squares[spec] for one in looks]) for spec in ensemble.specs}
     said = []
     for voice in ensemble.voices:
-        values = _say(voice, stacked[voice.spec], views)
-        said.append(to_pixels(values, [one.frames[voice.spec] for one in looks]) if values.ndim == 3 else values)
-    return ensemble.speak(said)
+        device = next(voice.net.parameters()).device
+        images = torch.from_numpy(stacked[voice.spec]).to(device).permute(0, 3, 1, 2)
+        values = predict_views(voice.forward, voice.task, images, views)
+        if ensemble.task == "keypoints":
+            frames = [one.frames[voice.spec] for one in looks]
+            values = {name: to_pixels(points, frames) for name, points in values.items()}
+        said.append(values)
+    return said
 
 
-def _say(voice: Voice, squares: Bytes, views: str) -> Floats:
-    device = next(voice.net.parameters()).device
-    images = torch.from_numpy(squares).to(device).permute(0, 3, 1, 2)
-    return predict_views(voice.forward, voice.task, images, views)[views]
+def predict_manifest(
+    ensemble: Ensemble, manifest: Manifest, views: str = "geo8", batch_size: int = 8, progress: bool = True
+) -> list[dict[str, Predictions]]:
+    """Predict every row of a manifest by every voice on its own: what a blend bags and weighs.
+
+    Each image is decoded once for all voices.
+
+    Returns:
+        Per voice (in the order of `ensemble.voices`), for each view set nested in `views`, Predictions of all rows.
+
+    Raises:
+        UserError: a row's image cannot be read.
+    """
+    for voice in ensemble.voices:
+        voice.task.check_views(views)
+    items = _items(manifest)
+    parts: list[dict[str, list[Floats]]] = [{name: [] for name in nested(views)} for _ in ensemble.voices]
+    looks = ahead(lambda item: look(item, ensemble.specs), items, depth=2 * batch_size)
+    with tqdm(total=len(items), unit="img", disable=not progress, mininterval=1) as bar:
+        while some := list(islice(looks, batch_size)):
+            if lost := [one for one in some if isinstance(one, Skipped)]:
+                where = f"{manifest.images}/{lost[0].name}"
+                raise UserError(where, expected="a readable image", got=lost[0].reason, fix="run prepare again")
+            said = say(ensemble, [one for one in some if isinstance(one, Look)], views)
+            for kept, values in zip(parts, said, strict=True):
+                for name in kept:
+                    kept[name].append(values[name])
+            bar.update(len(some))
+    return [
+        {name: _signed(voice, manifest, np.concatenate(rows), name) for name, rows in kept.items()}
+        for voice, kept in zip(ensemble.voices, parts, strict=True)
+    ]
+
+
+def _signed(voice: Voice, manifest: Manifest, values: Floats, views: str) -> Predictions:
+    """What a voice said, under its name."""
+    card = voice.card
+    return Predictions(
+        manifest.sample_ids, values, tuple(card.classes), card.manifest_hash, card.member, card.model_sha, views,
+        seed=card.seed, extra={"fold_model": card.fold},
+    )  # fmt: skip
 
 
 def pick_device(name: str = "auto") -> str:
