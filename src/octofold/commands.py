@@ -22,6 +22,7 @@ class Prepare(Section):
     labels: Path | None = Field(None, description="CSV of images and labels; none = class folders under --images")
     image_column: str = Field("image", description="column of --labels holding the image name")
     label_column: str = Field("label", description="column of --labels holding the class (text or int)")
+    classes: Path | None = Field(None, description="list (JSON, or a name a line) that fixes the class order")
     group: str = Field("auto", description="auto | none | a column: samples that must not be split across folds")
     test_images: Path | None = Field(None, description="folder of test images")
     sample_submission: Path | None = Field(None, description="CSV whose order and columns the submission must have")

@@ -16,6 +16,8 @@ grey                three equal channels
 import io
 import json
 import os
+import struct
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,6 +41,7 @@ GREY = 128
 AHEAD = 256  # photos decoded between two writes
 VERSION = 1  # of the pixels: another decode or resize must not find old caches
 MOST_PIXELS = 300_000_000
+Image.MAX_IMAGE_PIXELS = None  # `open_bytes` refuses by MOST_PIXELS instead
 
 
 class PixelSpec(NamedTuple):
@@ -149,18 +152,27 @@ def open_image(path: Path | str) -> Image.Image:
         UserError: no such file, empty, not an image, too many pixels.
     """
     try:
-        data = Path(path).read_bytes()
-        if not data:
-            raise UserError(path, expected="an image", got="an empty file (0 bytes)")
-        image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MOST_PIXELS:
-            raise UserError(path, expected="at most 300 megapixels", got=f"{image.width} x {image.height}")
-        return image
+        return open_bytes(Path(path).read_bytes(), path)
     except _UNREADABLE as error:
         raise _unreadable(path, error) from error
 
 
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, MemoryError, IndexError)
+def open_bytes(data: bytes, path: Path | str) -> Image.Image:
+    """Open the bytes of an image file; `path` is only what errors call it. Raises as `open_image`."""
+    if not data:
+        raise UserError(path, expected="an image", got="an empty file (0 bytes)")
+    try:
+        image = Image.open(io.BytesIO(data))
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from error
+    if image.width * image.height > MOST_PIXELS:
+        raise UserError(path, expected="at most 300 megapixels", got=f"{image.width} x {image.height}")
+    return image
+
+
+# What Pillow's decoders raise on broken files.
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, MemoryError, IndexError, KeyError, TypeError, struct.error)
+_UNREADABLE = (*_BROKEN, zlib.error, Image.DecompressionBombError)
 
 
 def _unreadable(path: Path | str, error: BaseException) -> UserError:
@@ -250,13 +262,11 @@ def _shorten(pixels: Pixels) -> tuple[Pixels, int, int]:
 
 def find_images(folder: Path) -> list[Path]:
     """Every image file under a folder, by suffix, sorted; hidden ones (``.name``, ``__MACOSX``) left out."""
-    found = [
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and not any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
-        and path.is_file()
-    ]
+    found: list[Path] = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
+        names = (name for name in files if not name.startswith(".") and name.lower().endswith(SUFFIXES))
+        found += [Path(place, name) for name in names]
     return sorted(found)
 
 

@@ -138,3 +138,78 @@ def grid(
             axes.legend(fontsize="xx-small", loc="upper left")
     figure.suptitle(title)
     return figure
+
+
+def reliability(table: Mapping[str, Any], title: str = "", error: float | None = None) -> Figure:
+    """Draw how often the model is right against how sure it is; the area of a dot is its share of the rows.
+
+    Args:
+        table: columns ``rows``, ``confidence``, ``accuracy`` of equal length; empty bins NaN.
+        title: above it.
+        error: expected calibration error, written in the corner.
+    """
+    rows, sure, right = (np.asarray(table[name], dtype=float) for name in ("rows", "confidence", "accuracy"))
+    figure = new_figure(4.6, 4.4)
+    axes = figure.add_subplot(xlabel="confidence", ylabel="accuracy", title=title, xlim=(0, 1.02), ylim=(0, 1.02))
+    axes.plot([0, 1], [0, 1], color="0.5", linestyle="--", linewidth=1, label="calibrated")
+    axes.plot(sure, right, color=STYLES[0][0], linewidth=1)
+    axes.scatter(sure, right, s=12 + 300 * rows / max(rows.sum(), 1), color=STYLES[0][0], alpha=0.7, label="bins")
+    if error is not None:
+        axes.text(0.97, 0.05, f"ECE {error:.3f}", ha="right", transform=axes.transAxes)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left", fontsize="small", markerscale=0.5)
+    return figure
+
+
+def stacked(table: Array, names: Sequence[str], parts: Sequence[str], title: str = "", label: str = "") -> Figure:
+    """Draw one horizontal bar per name, made of parts: samples per class and fold.
+
+    Args:
+        table: ``(names, parts)`` numbers >= 0.
+        names: of the bars, first at the top.
+        parts: of each bar, for the legend.
+        title: above it.
+        label: of the value axis.
+    """
+    figure = new_figure(7.5, min(60.0, 1.4 + 0.3 * max(1, len(names))))
+    axes = figure.add_subplot(xlabel=label, title=title)
+    places, left = np.arange(len(names)), np.zeros(len(names))
+    for column, part in enumerate(parts):
+        shade = str(0.25 + 0.6 * column / max(1, len(parts) - 1))
+        axes.barh(places, table[:, column], left=left, color=shade, edgecolor="white", linewidth=0.5, label=part)
+        left = left + table[:, column]
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+    axes.legend(fontsize="x-small", ncols=min(10, max(1, len(parts))), loc="lower right")
+    return figure
+
+
+def histograms(columns: Mapping[str, Any], title: str = "", bins: int = 40) -> Figure:
+    """Draw one histogram per column; a column may be ``{"train": values, "test": values}``, drawn over each other."""
+    wide = min(3, max(1, len(columns)))
+    figure = new_figure(3.8 * wide, 2.9 * -(-len(columns) // wide))
+    for place, (name, given) in enumerate(columns.items()):
+        axes = figure.add_subplot(-(-len(columns) // wide), wide, place + 1, title=name)
+        series = given if isinstance(given, Mapping) else {"": given}
+        finite = {
+            part: np.asarray(values, float)[np.isfinite(np.asarray(values, float))] for part, values in series.items()
+        }
+        everything = np.concatenate([*finite.values(), np.zeros(0)])
+        edges = np.histogram_bin_edges(everything, bins) if len(everything) else np.linspace(0, 1, 2)
+        for (part, values), (colour, line, _) in zip(finite.items(), cycle(STYLES), strict=False):
+            weights = np.full(len(values), 1 / max(1, len(values)))
+            axes.hist(
+                values, edges.tolist(), weights=weights, histtype="step", color=colour, linestyle=line, label=part
+            )
+        axes.set_ylabel("share")
+        if len(series) > 1:
+            axes.legend(fontsize="x-small")
+    figure.suptitle(title)
+    return figure
+
+
+def forget(figure: Figure) -> None:
+    """Take a figure that a library drew through pyplot out of pyplot's list, which would keep it for ever."""
+    from matplotlib import pyplot
+
+    pyplot.close(figure)

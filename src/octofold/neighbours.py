@@ -1,0 +1,71 @@
+"""Neighbours: which images are nearly the same picture. Linear time: hashes meet in buckets, never all pairs."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+Ints = npt.NDArray[np.int64]
+BANDS = ((0, 13), (13, 13), (26, 13), (39, 13), (52, 12))  # (first bit, bits)
+MOST_BITS = len(BANDS) - 1  # two hashes at most this far apart agree on some whole band (pigeonhole)
+MOST_DIFFERENCE = 10.0  # mean absolute difference of the 8 x 8 RGB pictures, of 255
+BUCKET = 200  # a fuller bucket (blank images) is chained, not paired
+
+
+def near_pairs(phash: npt.NDArray[np.uint64], tiny: npt.NDArray[np.uint8]) -> Ints:
+    """Find near-duplicates.
+
+    Args:
+        phash: ``(N,)`` perceptual hashes.
+        tiny: ``(N, D)`` uint8, the images shrunk.
+
+    Returns:
+        ``(P, 2)`` pairs (i < j): hashes differ in at most 4 of 64 bits and the shrunken images by at most 10 of 255.
+    """
+    found = [np.zeros((0, 2), np.int64)]
+    for first, bits in BANDS:
+        key = (phash >> np.uint64(first)) & np.uint64((1 << bits) - 1)
+        found.append(_close(_bucket_pairs(key), phash, tiny))
+    return np.unique(np.concatenate(found), axis=0)
+
+
+def _bucket_pairs(key: npt.NDArray[np.uint64]) -> Ints:
+    """All pairs inside buckets of equal key, vectorised by distance in sorted order."""
+    order = np.argsort(key, kind="stable")
+    ranked = key[order]
+    found = []
+    for step in range(1, min(BUCKET, len(order))):
+        same = np.flatnonzero(ranked[step:] == ranked[:-step])
+        if not len(same):
+            break
+        found.append(np.stack([order[same], order[same + step]], axis=1))
+    return np.sort(np.concatenate(found), axis=1) if found else np.zeros((0, 2), np.int64)
+
+
+def _close(pairs: Ints, phash: npt.NDArray[np.uint64], tiny: npt.NDArray[np.uint8]) -> Ints:
+    kept = [pairs[:0]]
+    for start in range(0, len(pairs), 100_000):
+        part = pairs[start : start + 100_000]
+        part = part[np.bitwise_count(phash[part[:, 0]] ^ phash[part[:, 1]]) <= MOST_BITS]
+        apart = np.abs(tiny[part[:, 0]].astype(np.int16) - tiny[part[:, 1]]).mean(axis=1)
+        kept.append(part[apart <= MOST_DIFFERENCE])
+    return np.concatenate(kept)
+
+
+def components(count: int, pairs: Ints) -> Ints:
+    """``(count,)`` the number of each item's connected component."""
+    ones = np.ones(len(pairs), np.int8)
+    graph = coo_matrix((ones, (pairs[:, 0], pairs[:, 1])), shape=(count, count))
+    return np.asarray(connected_components(graph, directed=False)[1], np.int64)
+
+
+def group_names(component: Ints, sample_ids: Sequence[str]) -> list[str]:
+    """Name each component by its smallest sample id: the name does not depend on row order; singles get ''."""
+    names = np.asarray(sample_ids, dtype=str)
+    order = np.lexsort((names, component))
+    first = np.flatnonzero(np.r_[True, np.diff(component[order]) != 0])
+    leader = dict(zip(component[order][first].tolist(), names[order][first].tolist(), strict=True))
+    size = np.bincount(component)
+    return [f"near-{leader[number]}" if size[number] > 1 else "" for number in component.tolist()]
