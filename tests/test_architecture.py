@@ -10,9 +10,12 @@ from conftest import REPOSITORY
 PACKAGE = REPOSITORY / "src" / "octofold"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
-FOUNDATION = {"errors", "files", "config"}
+FOUNDATION = {"errors", "files", "config", "store", "outage", "provenance", "spool"}
 LEAVES = {"recipe", "commands", "metrics", "tta", "tracking", "compute", "plots"}
 PARTS = {
+    "sources",
+    "checks",
+    "neighbours",
     "manifest",
     "images",
     "folds",
