@@ -26,13 +26,15 @@ PARTS = {
     "predictions",
     "engine",
     "space",
+    "studies",
+    "trials",
     "journal",
     "combining",
     "ensemble",
 }
 HOME = {  # a heavy dependency and the one file that may say its name
     "mlflow": {"tracking", "served"},
-    "optuna": {"tuning"},
+    "optuna": {"studies", "tuning"},
     "accelerate": {"compute"},
     "ray": {"compute"},
     "timm": {"models"},

@@ -5,44 +5,29 @@ Runs are kept by id, never as MLflow's global "active run", so threads, nested r
 """
 
 import contextlib
-import fcntl
 import logging
 import os
-import re
-import socket
-import subprocess
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from octofold.config import Section, dump, environment, flatten
+from octofold.config import Section, dump, flatten
 from octofold.errors import UserError, redact
 from octofold.files import ROOT
+from octofold.outage import PAUSE_S, explained, is_outage, patiently
+from octofold.provenance import git_diff, git_tags, identity, is_orphan
 from octofold.spool import Note, Spool
+from octofold.store import artifact_root, check_reachable, database, lock_file, locked, pages, uri
 
 log = logging.getLogger("octofold")
 T = TypeVar("T")
-
-OUTAGE_S = float(os.environ.get("OCTOFOLD_OUTAGE_S", "900"))
-"""How long an upload waits for a server that went away in mid-run, seconds."""
-_PAUSE_S = 2.0
-_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306}
-
-
-# ---- the store ------------------------------------------------------------------------------------------------------
-
-
-def uri() -> str:
-    """Return the tracking store's URI: ``MLFLOW_TRACKING_URI``, or sqlite in the project's ``mlruns/``."""
-    environment()
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{ROOT / 'mlruns' / 'mlflow.db'}"
 
 
 def client() -> Any:
@@ -64,9 +49,9 @@ def _client(store: str) -> Any:
             fix="unset it to use mlruns/mlflow.db",
         )
     if scheme == "sqlite":
-        _database(store).parent.mkdir(parents=True, exist_ok=True)
+        database(store).parent.mkdir(parents=True, exist_ok=True)
     else:
-        _check_reachable(store)
+        check_reachable(store)
     # The defaults wait four minutes for a server that is not there; during training the spool waits instead.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
@@ -77,105 +62,10 @@ def _client(store: str) -> Any:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     mlflow.set_tracking_uri(store)
     # Two processes that both find an empty database both build it, and leave it broken for good: one at a time.
-    with _locked(_lock_file(store)), _explained(store):
+    with locked(lock_file(store)), explained(store):
         made = mlflow.MlflowClient(tracking_uri=store)
         made.search_experiments(max_results=1)
     return made
-
-
-def _database(store: str) -> Path:
-    """The sqlite file behind a URI, symlinks followed."""
-    return Path(store.split(":///", 1)[1].split("?")[0]).absolute().resolve()
-
-
-def _lock_file(store: str) -> Path:
-    if store.startswith("sqlite"):
-        return _database(store).with_suffix(".lock")
-    name = re.sub(r"\W+", "-", urlsplit(store).netloc.rsplit("@", 1)[-1])
-    return Path(tempfile.gettempdir()) / f"octofold-{os.getuid()}-{name}.lock"
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    try:
-        file = path.open("a")
-    except OSError as error:
-        raise UserError(path, expected="to write here", got=error.strerror or str(error)) from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _check_reachable(store: str) -> None:
-    """Knock once: a name that is wrong or a server that is down is told at once, not after MLflow's retries."""
-    address = urlsplit(store)
-    if not address.hostname:
-        return
-    port = address.port or _PORTS.get(address.scheme.split("+")[0], 443)
-    try:
-        socket.create_connection((address.hostname, port), timeout=5).close()
-    except OSError as error:
-        raise UserError(
-            f"MLFLOW_TRACKING_URI={redact(store)}",
-            expected="a tracking server that answers",
-            got=error.strerror or str(error) or type(error).__name__,
-            fix="start the server, or unset MLFLOW_TRACKING_URI to use mlruns/mlflow.db",
-        ) from None
-
-
-@contextlib.contextmanager
-def _explained(store: str) -> Iterator[None]:
-    """Turn what MLflow raises at the first contact into the user's words."""
-    import requests
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except (MlflowException, requests.RequestException, OSError) as error:
-        fix = "check the address, user and password (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD)"
-        if "out-of-date database schema" in str(error):
-            fix = f"back the database up, then: mlflow db upgrade {redact(store)}"
-        got = str(error).strip().splitlines()[0][:300]
-        raise UserError(f"MLFLOW_TRACKING_URI={redact(store)}", expected="an MLflow store", got=got, fix=fix) from error
-
-
-def is_outage(error: BaseException) -> bool:
-    """Tell whether an error means "the server is away for now" rather than "the server says no"."""
-    import requests
-
-    text = str(error)
-    if isinstance(error, (requests.ConnectionError, requests.Timeout, ConnectionError, TimeoutError)):
-        return True
-    away = r"Max retries exceeded|Connection (refused|reset|aborted)|RemoteDisconnected|database is locked"
-    away += r"|error code 50[234]|50[234] (Server Error|Bad Gateway|Service)|OperationalError|server closed the conn"
-    return bool(re.search(away, text)) or (error.__cause__ is not None and is_outage(error.__cause__))
-
-
-def patiently(act: Callable[[], T]) -> T:
-    """Do `act`; while the server is away, wait for it (up to `OUTAGE_S`) and do it again. `act` must bear repeating.
-
-    Raises:
-        UserError: still away after `OUTAGE_S`; what is on disk stays, and the same command goes on from there.
-    """
-    until = time.monotonic() + OUTAGE_S
-    warned = False
-    while True:
-        try:
-            return act()
-        except Exception as error:  # anything but an outage goes straight on to the caller
-            if not is_outage(error):
-                raise
-            if time.monotonic() > until:
-                raise UserError(
-                    f"MLFLOW_TRACKING_URI={redact(uri())}",
-                    expected="the tracking server to come back",
-                    got=f"no answer for {OUTAGE_S:.0f} s",
-                    fix="start the server and run the same command again: it goes on from here",
-                ) from error
-            if not warned:
-                log.warning("the tracking server is away; waiting for it (%s)", redact(str(error))[:120])
-            warned = True
-            time.sleep(_PAUSE_S)
 
 
 def experiment(name: str) -> str:
@@ -190,7 +80,7 @@ def experiment(name: str) -> str:
     found = api.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(api.create_experiment(name, artifact_location=_artifact_root(store, name)))
+            return str(api.create_experiment(name, artifact_location=artifact_root(store, name)))
         except MlflowException as error:
             found = api.get_experiment_by_name(name)  # somebody else made it just now
             if found is None:
@@ -200,67 +90,6 @@ def experiment(name: str) -> str:
             f"experiment '{name}'", got="deleted in MLflow", fix=f"mlflow experiments restore -x {found.experiment_id}"
         )
     return str(found.experiment_id)
-
-
-def _artifact_root(store: str, name: str) -> str | None:
-    """Where a new experiment keeps its artifacts: beside a local database, or wherever the server says (None)."""
-    if store.startswith("http") or "databricks" in store:
-        return None
-    folder = ROOT / "mlruns"
-    if store.startswith("sqlite"):
-        folder = _database(store).parent
-        folder = folder if folder.name == "mlruns" else folder / "mlruns"
-    return (folder / "artifacts" / name).as_uri()
-
-
-# ---- who is alive ---------------------------------------------------------------------------------------------------
-
-
-def identity() -> dict[str, str]:
-    """Return tags that tell this process from any other, now or after a reboot."""
-    import psutil
-
-    started = f"{psutil.Process().create_time():.2f}"
-    return {"pid": str(os.getpid()), "pid.started": started, "host": socket.gethostname(), "boot_id": _boot_id()}
-
-
-@lru_cache(maxsize=1)
-def _boot_id() -> str:
-    import psutil
-
-    with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{psutil.boot_time():.0f}"
-
-
-def is_orphan(tags: Mapping[str, str]) -> bool:
-    """Tell whether the process that wrote these tags is known to be gone: same host, and rebooted or no such pid."""
-    import psutil
-
-    if tags.get("host") != socket.gethostname() or "pid" not in tags:
-        return False
-    if tags.get("boot_id") != _boot_id():
-        return True
-    try:
-        started = psutil.Process(int(tags["pid"])).create_time()
-    except (psutil.NoSuchProcess, ValueError):
-        return True
-    return bool(abs(started - float(tags.get("pid.started", started))) > 1.0)
-
-
-def close_orphans(competition: str) -> list[str]:
-    """Close as KILLED the competition's runs whose process died without a word; return their ids."""
-    closed = []
-    for info in find_runs(competition, statuses=("RUNNING",)):
-        if is_orphan(info.tags):
-            client().set_terminated(info.id, "KILLED")
-            closed.append(info.id)
-    if closed:
-        log.info("closed %d run(s) of processes that were killed: %s", len(closed), ", ".join(closed))
-    return closed
-
-
-# ---- runs -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -287,12 +116,11 @@ def find_runs(
     ``mlflow run`` puts a run in the experiment it was told, so the tag `competition` counts, not the experiment.
     """
     api = client()
-    wanted = {"competition": competition, **(tags or {})}
-    clauses = [f"tags.`{key}` = '{value}'" for key, value in wanted.items()]
+    clauses = [f"tags.`{key}` = '{value}'" for key, value in {"competition": competition, **(tags or {})}.items()]
     if len(statuses) == 1:
         clauses.append(f"attributes.status = '{statuses[0]}'")
-    ids = [item.experiment_id for item in _pages(lambda token: api.search_experiments(page_token=token))]
-    found = _pages(
+    ids = [item.experiment_id for item in pages(lambda token: api.search_experiments(page_token=token))]
+    found = pages(
         lambda token: api.search_runs(
             ids, " and ".join(clauses), max_results=1000, order_by=["attributes.start_time DESC"], page_token=token
         )
@@ -317,17 +145,6 @@ def get_run(run_id: str) -> RunInfo:
         if is_outage(error):
             raise
         raise UserError(f"run '{run_id}'", expected=f"a run in {redact(uri())}", got=redact(str(error))) from error
-
-
-def _pages(page: Callable[[str | None], Any]) -> list[Any]:
-    found: list[Any] = []
-    token = None
-    while True:
-        got = page(token)
-        found += got
-        token = got.token
-        if not token:
-            return found
 
 
 def _info(run: Any) -> RunInfo:
@@ -376,7 +193,7 @@ class Run:
             if not is_outage(error):
                 raise
             log.warning("the tracking server is away; %d note(s) wait in %s", len(self._spool), self._spool.path)
-            self._try_again_at = time.monotonic() + _PAUSE_S
+            self._try_again_at = time.monotonic() + PAUSE_S
 
     def metric_steps(self, key: str) -> set[int]:
         """Return the steps already logged for `key`: a resumed run logs the others."""
@@ -468,6 +285,18 @@ def deliver_leftovers() -> int:
     return count
 
 
+def close_orphans(competition: str) -> list[str]:
+    """Close as KILLED the competition's runs whose process died without a word; return their ids."""
+    closed = []
+    for info in find_runs(competition, statuses=("RUNNING",)):
+        if is_orphan(info.tags):
+            client().set_terminated(info.id, "KILLED")
+            closed.append(info.id)
+    if closed:
+        log.info("closed %d run(s) of processes that were killed: %s", len(closed), ", ".join(closed))
+    return closed
+
+
 @contextlib.contextmanager
 def run(
     entry: str,
@@ -532,35 +361,6 @@ def _open(
     return api.create_run(place, tags={**labels, "mlflow.parentRunId": above}, run_name=name)
 
 
-# ---- code -----------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=1)
-def git_tags() -> dict[str, str]:
-    """Return ``git.commit`` and ``git.dirty`` of the code that runs (empty and "unknown" outside a repository)."""
-    commit = _git("rev-parse", "HEAD")
-    dirty = "unknown" if commit is None else str(bool(_git("status", "--porcelain"))).lower()
-    return {"git.commit": (commit or "").strip(), "git.dirty": dirty}
-
-
-def git_diff(limit: int = 1_000_000) -> str:
-    """Return what the working tree changes against the commit, at most `limit` characters."""
-    untracked = _git("ls-files", "--others", "--exclude-standard") or ""
-    return ((_git("diff", "HEAD") or "") + "\n# untracked:\n" + untracked)[:limit]
-
-
-def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, errors="replace")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout
-
-
-# ---- artifacts ------------------------------------------------------------------------------------------------------
-
-
 def download(run_id: str, path: str) -> Path:
     """Return a local path of a run's artifact: the stored file itself on a local store, else a downloaded copy.
 
@@ -592,11 +392,3 @@ def fetch_uri(address: str, what: str) -> Path:
     if not local.exists():
         raise UserError(what, got=f"nothing at {local}", fix="was mlruns/ moved? `relocate` mends that")
     return local
-
-
-def list_artifacts(run_id: str, folder: str = "") -> dict[str, int]:
-    """Return ``{path: bytes}`` of every file of a run under `folder`, folders walked."""
-    found: dict[str, int] = {}
-    for item in patiently(lambda: client().list_artifacts(run_id, folder or None)):
-        found |= list_artifacts(run_id, item.path) if item.is_dir else {item.path: int(item.file_size or 0)}
-    return found

@@ -1,0 +1,89 @@
+"""Where the tracking store is: its URI, its lock, the folder of its artifacts, and whether anybody answers there."""
+
+import contextlib
+import fcntl
+import os
+import re
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from octofold.config import environment
+from octofold.errors import UserError, redact
+from octofold.files import ROOT
+
+_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306}
+
+
+def uri() -> str:
+    """Return the tracking store's URI: ``MLFLOW_TRACKING_URI``, or sqlite in the project's ``mlruns/``."""
+    environment()
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{ROOT / 'mlruns' / 'mlflow.db'}"
+
+
+def database(store: str) -> Path:
+    """Return the sqlite file behind a URI, symlinks followed."""
+    return Path(store.split(":///", 1)[1].split("?")[0]).absolute().resolve()
+
+
+def lock_file(store: str) -> Path:
+    """Return the file whose lock lets one process at a time make the store's tables."""
+    if store.startswith("sqlite"):
+        return database(store).with_suffix(".lock")
+    name = re.sub(r"\W+", "-", urlsplit(store).netloc.rsplit("@", 1)[-1])
+    return Path(tempfile.gettempdir()) / f"octofold-{os.getuid()}-{name}.lock"
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file; the kernel lets go of it when the process dies."""
+    try:
+        file = path.open("a")
+    except OSError as error:
+        raise UserError(path, expected="to write here", got=error.strerror or str(error)) from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def check_reachable(store: str) -> None:
+    """Knock once: a name that is wrong or a server that is down is told at once, not after MLflow's retries."""
+    address = urlsplit(store)
+    if not address.hostname:
+        return
+    port = address.port or _PORTS.get(address.scheme.split("+")[0], 443)
+    try:
+        socket.create_connection((address.hostname, port), timeout=5).close()
+    except OSError as error:
+        raise UserError(
+            f"MLFLOW_TRACKING_URI={redact(store)}",
+            expected="a tracking server that answers",
+            got=error.strerror or str(error) or type(error).__name__,
+            fix="start the server, or unset MLFLOW_TRACKING_URI to use mlruns/mlflow.db",
+        ) from None
+
+
+def artifact_root(store: str, name: str) -> str | None:
+    """Where a new experiment keeps its artifacts: beside a local database, or wherever the server says (None)."""
+    if store.startswith("http") or "databricks" in store:
+        return None
+    folder = ROOT / "mlruns"
+    if store.startswith("sqlite"):
+        folder = database(store).parent
+        folder = folder if folder.name == "mlruns" else folder / "mlruns"
+    return (folder / "artifacts" / name).as_uri()
+
+
+def pages(page: Callable[[str | None], Any]) -> list[Any]:
+    """Return every item of an MLflow listing that comes in pages; `page` takes the token of the next one."""
+    found: list[Any] = []
+    token = None
+    while True:
+        got = page(token)
+        found += got
+        token = got.token
+        if not token:
+            return found
