@@ -33,11 +33,11 @@ def save(figure: Figure, path: Path | str) -> Path:
     return Path(path)
 
 
-def curves(history: Mapping[str, Any], x: str = "epoch", marks: Sequence[float] = (), title: str = "") -> Figure:
+def curves(history: Any, x: str = "epoch", marks: Sequence[float] = (), title: str = "") -> Figure:
     """Draw training curves: one panel per metric, the splits of a metric (``train/loss``, ``valid/loss``) together.
 
     Args:
-        history: columns of equal length (a DataFrame will do); non-numeric ones are left out, NaN are gaps.
+        history: a DataFrame, or a mapping of columns of equal length; non-numeric ones are left out, NaN are gaps.
         x: the column on the horizontal axis; the row number where there is no such column.
         marks: x positions of vertical lines, such as the first epoch of each phase.
         title: above it all.
@@ -140,11 +140,11 @@ def grid(
     return figure
 
 
-def reliability(table: Mapping[str, Any], title: str = "", error: float | None = None) -> Figure:
+def reliability(table: Any, title: str = "", error: float | None = None) -> Figure:
     """Draw how often the model is right against how sure it is; the area of a dot is its share of the rows.
 
     Args:
-        table: columns ``rows``, ``confidence``, ``accuracy`` of equal length; empty bins NaN.
+        table: a DataFrame or mapping with ``rows``, ``confidence``, ``accuracy``; empty bins NaN.
         title: above it.
         error: expected calibration error, written in the corner.
     """

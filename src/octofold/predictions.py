@@ -80,7 +80,7 @@ class Predictions:
             raise UserError(where, expected="each sample id once", got=f"repeated: {preview(ids[counts > 1])}")
         if self.fold is not None and self.fold.shape != (n,):
             raise UserError(where, expected=f"one fold per row ({n})", got=str(self.fold.shape))
-        bad = ~np.isfinite(self.values.reshape(n, -1)).all(axis=1)
+        bad = ~np.isfinite(self.values).all(axis=tuple(range(1, self.values.ndim)))
         if bad.any():
             raise UserError(where, expected="finite values", got=f"NaN or infinite at {preview(self.sample_ids[bad])}")
         if not self.is_points and n:
@@ -139,7 +139,7 @@ class Predictions:
         columns: dict[str, Any] = {"sample_id": self.sample_ids.astype(object)}
         if self.fold is not None:
             columns["fold"] = self.fold
-        flat = self.values.reshape(len(self.sample_ids), -1)
+        flat = self.values.reshape(len(self.sample_ids), len(self._column_names()))  # -1 cannot tell where N is 0
         columns |= {name: flat[:, column] for column, name in enumerate(self._column_names())}
         frame = pd.DataFrame(columns)
         header = {name: getattr(self, name) for name in _HEADER} | {"is_points": self.is_points}

@@ -1,0 +1,269 @@
+"""Inference: views are exact, memory is bounded, names and ids survive, bad images are named."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from octofold import ensemble, inference, models, recipe, results, shards, tta
+from octofold.errors import UserError
+from octofold.images import PixelSpec, load, square
+
+CLASSES = ("red", "green", "blue")
+
+
+def checkpoint(folder: Path, fold: int = 0, member: str = "tiny", size: int = 16, **card: Any) -> models.ModelCard:
+    """Write a small untrained fold model."""
+    torch.manual_seed(100 + fold + size)
+    settings = recipe.Recipe(member=member, model=recipe.Model(name="small_cnn", input_size=size))
+    fields: dict[str, Any] = {"task": "classify", "classes": CLASSES, "seed": 0, "manifest_hash": "m" * 64, **card}
+    made = models.ModelCard(settings.model_dump(mode="json"), competition="tiny", member=member, fold=fold, **fields)
+    net = models.build(settings.model, made.outputs)
+    with torch.no_grad():  # an untrained head hardly tells images apart
+        list(net.head.parameters())[0].mul_(20)
+    return models.write_model(folder, net, made)
+
+
+def photos(folder: Path, count: int = 7, size: tuple[int, int] = (40, 30)) -> list[Path]:
+    """Write small distinct JPEG photos."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(count)
+    paths = []
+    for number in range(count):
+        coarse = rng.integers(0, 255, (3, 4, 3), np.uint8)
+        path = folder / f"photo {number}.jpg"
+        Image.fromarray(coarse).resize(size).save(path, quality=95)
+        paths.append(path)
+    return paths
+
+
+@pytest.fixture
+def crew(tmp_path: Path) -> ensemble.Ensemble:
+    """Two fold models of one member."""
+    for fold in range(2):
+        checkpoint(tmp_path / "models" / f"f{fold}", fold)
+    return ensemble.load(tmp_path / "models")
+
+
+def say(crew: ensemble.Ensemble, images: np.ndarray, views: str) -> np.ndarray:
+    """Probabilities of square images ``(B, S, S, 3)``."""
+    voice = crew.voices[0]
+    return inference.predict_rows(voice.net, voice.card, [images], None, views)[views]
+
+
+def test_nested_views_of_one_pass_equal_passes_of_their_own(crew: ensemble.Ensemble) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (5, 16, 16, 3), np.uint8)
+    voice = crew.voices[0]
+    found = inference.predict_rows(voice.net, voice.card, [images[:2], images[2:]], None, "geo8")
+    assert list(found) == ["none", "flip", "geo4", "geo8"]
+    for name, values in found.items():
+        np.testing.assert_allclose(values, say(crew, images, name), atol=1e-6)
+    assert np.abs(found["geo8"] - found["none"]).max() > 1e-3  # the views matter to this network
+    np.testing.assert_allclose(found["geo8"].sum(axis=1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("view", tta.D4)
+def test_geo8_does_not_care_how_the_image_is_turned(crew: ensemble.Ensemble, view: tta.View) -> None:
+    images = np.random.default_rng(1).integers(0, 255, (4, 16, 16, 3), np.uint8)
+    turned = tta.apply(torch.from_numpy(images).permute(0, 3, 1, 2), view).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(say(crew, turned, "geo8"), say(crew, images, "geo8"), atol=1e-6)
+
+
+def test_the_originals_views_are_seven_with_one_twice(crew: ensemble.Ensemble) -> None:
+    sets = {"none": 1, "flip": 2, "geo8_original": 8}
+    assert inference.nested("geo8_original") == sets
+    assert len(set(tta.VIEWS["geo8_original"])) == 7
+    images = np.random.default_rng(1).integers(0, 255, (2, 16, 16, 3), np.uint8)
+    voice = crew.voices[0]
+    assert list(inference.predict_rows(voice.net, voice.card, [images], None, "geo8_original")) == list(sets)
+
+
+def test_points_come_back_in_pixels_of_the_original(tmp_path: Path) -> None:
+    """A network that always answers one unit point: undone views average it; the frame takes it to the photo."""
+    card = checkpoint(tmp_path / "m", task="keypoints", classes=("left", "right"), swap=[1, 0])
+    net, card = models.read_model(tmp_path / "m")
+    with torch.no_grad():
+        for parameter in net.head.parameters():
+            parameter.zero_()
+        list(net.head.parameters())[-1].copy_(torch.tensor([-0.25, 0.0, 0.25, 0.0]))  # (.25, .5) and (.75, .5)
+    path = photos(tmp_path / "in", 1, size=(40, 20))[0]
+    spec = PixelSpec(16, "squash")
+    pixels, frame = load(path, spec)
+    found = inference.predict_rows(net, card, [square(pixels, 16)[None]], [frame], "flip")
+    for values in found.values():  # mirrored, the twins change places: the mean is the same two points
+        np.testing.assert_allclose(values[0], [[9.5, 9.5], [29.5, 9.5]], atol=1e-3)
+    with pytest.raises(UserError, match="frame per image"):
+        inference.predict_rows(net, card, [square(pixels, 16)[None]], None, "none")
+
+
+def test_mirrored_points_need_a_swap_table(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "m", task="keypoints", classes=("a", "b"), swap=None)
+    crew = ensemble.load(tmp_path / "m")
+    with pytest.raises(UserError, match="swap table"):
+        next(inference.stream(crew, [], "geo8"))
+
+
+def test_diverged_weights_are_named(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "m")
+    net, card = models.read_model(tmp_path / "m")
+    with torch.no_grad():
+        list(net.parameters())[0].fill_(float("nan"))
+    with pytest.raises(UserError, match="finite"):
+        inference.predict_rows(net, card, [np.zeros((1, 16, 16, 3), np.uint8)])
+
+
+def test_an_ensemble_is_the_mean_of_its_voices_and_matches_classes_by_name(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "m" / "a", 0)
+    checkpoint(tmp_path / "m" / "b", 1, classes=CLASSES[::-1])
+    crew = ensemble.load(tmp_path / "m")
+    items = inference.find(photos(tmp_path / "in")[0].parent).items
+    both = next(inference.stream(crew, items, "flip")).values
+    first, second = (next(inference.stream(ensemble.load(tmp_path / "m" / x), items, "flip")).values for x in "ab")
+    np.testing.assert_allclose(both, (first + second[:, ::-1]) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"classes": ("red", "green", "grey")}, "the same classes"),
+        ({"manifest_hash": "n" * 64}, "the same manifest hash"),
+        ({"task": "keypoints"}, "one task"),
+    ],
+)
+def test_fold_models_that_answer_other_questions_are_refused(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    checkpoint(tmp_path / "m" / "a", 0)
+    checkpoint(tmp_path / "m" / "b", 1, **change)
+    with pytest.raises(UserError, match=words):
+        ensemble.load(tmp_path / "m")
+
+
+def test_ahead_is_in_order_and_looks_only_so_far() -> None:
+    started, lock = [], threading.Lock()
+
+    def work(item: int) -> int:
+        with lock:
+            started.append(item)
+        return item * 2
+
+    results_seen = []
+    for count, value in enumerate(inference.ahead(work, iter(range(50)), depth=4, workers=2)):
+        results_seen.append(value)
+        with lock:
+            assert len(started) <= count + 6
+    assert results_seen == [2 * item for item in range(50)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Seven photos, a copy in a folder below, and three files that are no photos."""
+    paths = photos(tmp_path / "in")
+    (tmp_path / "in" / "below").mkdir()
+    (tmp_path / "in" / "below" / "photo 3.jpg").write_bytes(paths[3].read_bytes())
+    (tmp_path / "in" / "empty.jpg").write_bytes(b"")
+    (tmp_path / "in" / "cut.jpg").write_bytes(paths[0].read_bytes()[:200])
+    (tmp_path / "in" / "text.png").write_text("not a picture")
+    return tmp_path / "in"
+
+
+def test_a_job_in_parts_equals_one_job_and_names_what_it_skipped(
+    crew: ensemble.Ensemble, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "ROOT", tmp_path)
+    source = inference.find(folder)
+    whole = shards.run(crew, source, "geo4", progress=False)
+    assert whole is not None
+    assert [one.name for one in whole.skipped] == ["cut.jpg", "empty.jpg", "text.png"]
+    assert len(whole.files) == 8  # the copy is a file,
+    assert len(whole.predictions.sample_ids) == 7  # but not another sample
+    assert shards.run(crew, source, "geo4", shards=3, shard=1, progress=False) is None
+    done = list((tmp_path / "mlruns").rglob("part-*.parquet"))
+    stamp = done[0].stat().st_mtime_ns
+    assert shards.run(crew, source, "geo4", shards=3, shard=0, progress=False) is None
+    assert done[0].stat().st_mtime_ns == stamp
+    calls: list[int] = []
+    stream = inference.stream
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(len(arguments[1]))
+        return stream(*arguments)
+
+    monkeypatch.setattr(inference, "stream", counted)
+    parts = shards.run(crew, source, "geo4", shards=3, progress=False)
+    assert parts is not None
+    assert len(calls) == 1  # only the missing third
+    assert parts.files == whole.files
+    np.testing.assert_allclose(
+        parts.predictions.take(whole.predictions.sample_ids).values, whole.predictions.values, atol=1e-6
+    )
+    assert not list((tmp_path / "mlruns").rglob("part-*"))  # joined, then gone
+    with pytest.raises(UserError, match="number in 0..2"):
+        shards.run(crew, source, "geo4", shards=3, shard=3, progress=False)
+
+
+def test_nothing_readable_is_an_error(crew: ensemble.Ensemble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "ROOT", tmp_path)
+    (tmp_path / "in").mkdir()
+    with pytest.raises(UserError, match="images"):
+        inference.find(tmp_path / "in")
+    (tmp_path / "in" / "a.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="at least one readable"):
+        shards.run(crew, inference.find(tmp_path / "in"), "none", progress=False)
+
+
+def test_results_by_file_and_sorted_copies(
+    crew: ensemble.Ensemble, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "ROOT", tmp_path)
+    source = inference.find(folder)
+    result = shards.run(crew, source, "none", progress=False)
+    assert result is not None
+    paths = results.write(result, tmp_path / "out")
+    lines = Path(paths["predictions_csv"]).read_text().splitlines()
+    assert lines[0] == "file,sample_id,predicted,confidence,red,green,blue"
+    assert len(lines) == 9
+    assert Path(paths["skipped_csv"]).read_text().count("\n") == 4
+    for _ in range(2):  # twice: the same files again
+        assert results.sort_into(result, source, tmp_path / "sorted") == 8
+        copies = [path for path in (tmp_path / "sorted").rglob("*") if path.is_file()]
+        assert len(copies) == 8
+        assert {path.parent.name for path in copies} <= set(CLASSES)
+    with pytest.raises(UserError, match="outside"):
+        results.sort_into(result, source, folder / "sorted")
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected"),
+    [
+        (["red", "Red"], ["red", "Red-2"]),
+        (["a/b", "a\\b", "a_b"], ["a_b", "a_b-2", "a_b-3"]),
+        (["..", ".", ""], ["_", "_-2", "_-3"]),
+        (["con", "nul.txt", "früh \n"], ["_con", "_nul.txt", "früh _"]),
+        (["x" * 300, "/etc/passwd"], ["x" * 100, "_etc_passwd"]),
+    ],
+)
+def test_class_folders_are_safe_and_distinct(classes: list[str], expected: list[str]) -> None:
+    assert results.folder_names(classes) == expected
+
+
+def test_predict_manifest_is_each_voice_on_its_own(crew: ensemble.Ensemble, tmp_path: Path) -> None:
+    import pandas as pd
+
+    from octofold.manifest import Manifest
+
+    paths = photos(tmp_path / "in")
+    table = pd.DataFrame({"sample_id": [f"s{i}" for i in range(len(paths))], "path": [path.name for path in paths]})
+    test = Manifest(table, "classify", CLASSES, "tiny", tmp_path / "in")
+    found = inference.predict_manifest(crew, test, "flip", batch_size=3, progress=False)
+    assert [list(sets) for sets in found] == [["none", "flip"]] * 2
+    items = inference.find(tmp_path / "in").items
+    bagged = np.concatenate([batch.values for batch in inference.stream(crew, items, "flip", 4)])
+    np.testing.assert_allclose(np.mean([sets["flip"].values for sets in found], axis=0), bagged, atol=1e-6)
+    paths[4].write_bytes(b"")
+    with pytest.raises(UserError, match="photo 4"):
+        inference.predict_manifest(crew, test, "none", progress=False)
