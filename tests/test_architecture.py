@@ -22,6 +22,8 @@ PARTS = {
     "tasks",
     "augment",
     "models",
+    "networks",
+    "weights",
     "optim",
     "predictions",
     "engine",
