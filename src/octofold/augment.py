@@ -239,7 +239,7 @@ def run(transform: A.Compose, image: npt.NDArray[np.uint8], points: Array | None
     if points is None:
         return np.ascontiguousarray(transform(image=image)["image"]), None
     height, width = image.shape[:2]
-    missing: Array = np.isnan(points).any(axis=1)  # (P,)
+    missing = np.asarray(np.isnan(points).any(axis=1))  # (P,)
     pixels = np.where(missing[:, None], 0.0, points * (width, height) - 0.5).astype(np.float32)
     tagged = np.concatenate([pixels, np.arange(len(points), dtype=np.float32)[:, None]], axis=1)
     found = transform(image=image, keypoints=tagged)

@@ -115,7 +115,7 @@ def _timm(config: recipe.Model, pretrained: bool) -> nn.Module:
     if config.drop_path:
         options["drop_path_rate"] = config.drop_path
     if pretrained:
-        _check_hub(config)
+        _check_hub()
     try:
         trunk: nn.Module = timm.create_model(config.name, pretrained=pretrained, **options)
     except TypeError as error:
@@ -169,7 +169,7 @@ def _no_hub(config: recipe.Model, text: str) -> UserError:
     )
 
 
-def _check_hub(config: recipe.Model) -> None:
+def _check_hub() -> None:
     """Refuse at once to wait for a hub that cannot be reached; its client would retry for a minute."""
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HF_ENDPOINT")):
         return
