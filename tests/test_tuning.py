@@ -1,0 +1,338 @@
+"""Studies on toy objectives: what wins, what it costs, and that no kill loses or doubles anything."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from octofold import space, studies, trials, tuning
+from octofold.errors import UserError
+from octofold.recipe import Recipe
+from octofold.trials import Attempt, Plan
+from octofold.tuning import Budget
+
+RANGES = {
+    "optim.lr": {"low": 1e-5, "high": 1e-1, "log": True},
+    "optim.weight_decay": {"low": 0.0, "high": 0.2},
+    "augment.preset": {"choices": ["baseline", "none"]},
+}
+FOLDS = tuple((fold, 0) for fold in range(5))
+
+
+def plan(ranges: dict[str, Any] = RANGES, **changes: Any) -> Plan:
+    return Plan(space.read(ranges, Recipe()), **({"slots": FOLDS, "context": {"manifest": "m1"}} | changes))
+
+
+def truth(values: dict[str, Any], fold: int, seed: int) -> float:
+    """Accuracy-like: best at lr 1e-2 and decay 0.1 without augmentation; folds differ in level, seeds in noise."""
+    far = 0.1 * (np.log10(values["optim.lr"]) + 2) ** 2 + 3 * (values["optim.weight_decay"] - 0.1) ** 2
+    noise = np.random.default_rng([fold, seed, int(1e6 * values["optim.lr"])]).normal(0, 0.004)
+    return float(0.9 - far - 0.02 * (values["augment.preset"] == "baseline") + 0.01 * fold + noise)
+
+
+def objective(attempt: Attempt, fold: int, seed: int) -> Sequence[float]:
+    return [truth(attempt.values, fold, seed)]
+
+
+def begin(folder: Path, what: Plan, name: str = "toy") -> Any:
+    return studies.open_study(name, studies.open_storage(f"sqlite:///{folder}/optuna.db"), what)
+
+
+def told(study: Any) -> list[tuple[str, str]]:
+    """What a study knows, without the numbers under which it was told."""
+    return [(json.dumps(record.values, sort_keys=True), record.outcome) for record in studies.records(study)]
+
+
+@pytest.mark.slow
+def test_a_search_finds_the_optimum_and_only_full_trials_can_win(tmp_path: Path) -> None:
+    what = plan()
+    study = begin(tmp_path, what)
+    assert tuning.search(study, what, objective, Budget(trials=30)) == "30 trials"
+    done = studies.records(study)
+    assert done[0].is_base
+    assert what.space.recipe(done[0].values) == Recipe()
+    pruned = [record for record in done if record.outcome == "pruned"]
+    assert pruned
+    assert all(3 <= len(record.scores) < 5 for record in pruned)
+    best = trials.winner(done)
+    assert best is not None
+    assert best.outcome == "full"
+    assert best.means[0] == max(record.means[0] for record in done if record.outcome == "full")
+    assert truth(best.values, 0, 0) > truth(done[0].values, 0, 0) + 0.05
+    by_number = {trial.number: trial for trial in study.get_trials()}
+    assert all(by_number[record.number].value == pytest.approx(record.means[0]) for record in done)
+    assert set(studies.figures(study, what)) == {"history", "slice", "parallel", "timeline", "importance"}
+
+
+@pytest.mark.parametrize("sampler", sorted(tuning.SAMPLERS))
+def test_every_sampler_repeats_itself_and_resumes_as_if_never_stopped(sampler: str, tmp_path: Path) -> None:
+    what = plan(slots=FOLDS[:2])
+    whole = begin(tmp_path, what, "whole")
+    tuning.search(whole, what, objective, Budget(trials=6), sampler=sampler)
+    for count in (2, 6):
+        parts = begin(tmp_path, what, "parts")
+        tuning.search(parts, what, objective, Budget(trials=count), sampler=sampler)
+    assert told(parts) == told(whole)
+    assert len(told(whole)) == 6
+
+
+@pytest.mark.parametrize("pruner", sorted(tuning.PRUNERS))
+def test_every_pruner_runs_and_none_runs_all_slots(pruner: str, tmp_path: Path) -> None:
+    what = plan()
+    study = begin(tmp_path, what)
+    tuning.search(study, what, objective, Budget(trials=10), sampler="random", pruner=pruner)
+    counts = {len(record.scores) for record in studies.records(study)}
+    assert (counts == {5}) == (pruner == "none")
+
+
+def test_budgets_count_the_study(tmp_path: Path) -> None:
+    what = plan()
+    study = begin(tmp_path, what)
+    assert "slots" in tuning.search(study, what, objective, Budget(slots=12), sampler="random", pruner="none")
+    assert [len(record.scores) for record in studies.records(study)] == [5, 5]
+    assert "trials" in tuning.search(study, what, objective, Budget(trials=3, slots=99), sampler="random")
+    assert "hours" in tuning.search(study, what, objective, Budget(hours=0.0), sampler="random")
+    assert len(studies.records(study)) == 3
+
+
+def test_the_same_values_are_not_trained_twice(tmp_path: Path) -> None:
+    what = plan({"augment.preset": {"choices": ["baseline", "none"]}})
+    asked: list[str] = []
+
+    def counting(attempt: Attempt, fold: int, seed: int) -> Sequence[float]:
+        asked.append(attempt.recipe.augment.preset)
+        return [0.5]
+
+    study = begin(tmp_path, what)
+    tuning.search(study, what, counting, Budget(trials=8), sampler="random")
+    assert sorted(asked) == ["baseline"] * 5 + ["none"] * 5
+    assert len(studies.records(study)) == 8
+
+
+def test_minimised_and_conditional(tmp_path: Path) -> None:
+    ranges = {
+        "optim.name": {"choices": ["adamw", "sgd"]},
+        "optim.momentum": {"low": 0.1, "high": 0.9, "when": {"optim.name": "sgd"}},
+    }
+    what = plan(ranges, higher_is_better=(False,))
+    study = begin(tmp_path, what)
+
+    def loss(attempt: Attempt, fold: int, seed: int) -> Sequence[float]:
+        return [abs(attempt.recipe.optim.momentum - 0.3) if attempt.recipe.optim.name == "sgd" else 1.0]
+
+    tuning.search(study, what, loss, Budget(trials=15))
+    done = studies.records(study)
+    assert all(("optim.momentum" in record.values) == (record.values["optim.name"] == "sgd") for record in done)
+    best = trials.winner(done, higher_is_better=False)
+    assert best is not None
+    assert best.means[0] == min(record.means[0] for record in done if record.outcome == "full") < 0.3
+
+
+def test_two_objectives_give_the_recipes_nobody_beats(tmp_path: Path) -> None:
+    what = plan(objectives=("score", "inference_ms"), higher_is_better=(True, False))
+    study = begin(tmp_path, what)
+
+    def both(attempt: Attempt, fold: int, seed: int) -> Sequence[float]:
+        return [truth(attempt.values, fold, 0), 10 * attempt.values["optim.weight_decay"]]
+
+    tuning.search(study, what, both, Budget(trials=12))
+    done = studies.records(study)
+    assert all(len(record.scores) == 5 for record in done)
+    front = trials.pareto(done, what.higher_is_better)
+    theirs = {trial.number for trial in study.best_trials}
+    assert {record.number for record in front} == theirs
+    assert "pareto" in studies.figures(study, what)
+
+
+# ---- failures -------------------------------------------------------------------------------------------------------
+
+
+def test_a_failing_trial_is_told_and_the_search_goes_on(tmp_path: Path) -> None:
+    what = plan()
+    study = begin(tmp_path, what)
+    outcomes: list[str] = []
+
+    @contextmanager
+    def around(attempt: Attempt) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            outcomes.append(attempt.outcome)
+
+    def fragile(attempt: Attempt, fold: int, seed: int) -> Sequence[float]:
+        if attempt.number == 2:
+            raise RuntimeError("out of memory")
+        return [float("nan") if attempt.number == 3 else 0.5 + attempt.number / 100]
+
+    tuning.search(study, what, fragile, Budget(trials=5), around, sampler="random", pruner="none")
+    assert outcomes == ["full", "full", "failed", "failed", "full"]
+    errors = {trial.number: trial.user_attrs.get("error", "") for trial in study.get_trials()}
+    assert errors[2] == "RuntimeError: out of memory"
+    assert "not a number" in errors[3]
+    assert [record.number for record in studies.records(study)] == [0, 1, 4]
+
+
+def test_a_base_recipe_that_fails_stops_the_study_and_is_tried_again(tmp_path: Path) -> None:
+    what = plan()
+
+    def broken(attempt: Attempt, fold: int, seed: int) -> Sequence[float]:
+        raise UserError("photo.jpg", expected="an image", got="a poem")
+
+    with pytest.raises(UserError, match="a poem"):
+        tuning.search(begin(tmp_path, what), what, broken, Budget(trials=5))
+    study = begin(tmp_path, what)
+    tuning.search(study, what, objective, Budget(trials=3))
+    assert studies.records(study)[0].is_base
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"ranges": {"optim.lr": {"low": 1e-4, "high": 1e-2}}}, "another space"),
+        ({"context": {"manifest": "m2"}}, "manifest: 'm1'"),
+        ({"slots": FOLDS[:3]}, "slots"),
+    ],
+)
+def test_a_study_of_that_name_with_another_plan_is_refused(changes: Any, words: str, tmp_path: Path) -> None:
+    begin(tmp_path, plan())
+    with pytest.raises(UserError) as caught:
+        begin(tmp_path, plan(**changes))
+    assert words in str(caught.value)
+    assert "--study" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://octo:s3cret-word@127.0.0.1:1/studies",
+        "sqlite:////proc/nowhere/optuna.db",
+        "nosuchdb://octo:s3cret-word@host/x",
+        "no url s3cret-word",
+    ],
+)
+def test_a_storage_out_of_reach_is_told_without_the_password(url: str) -> None:
+    with pytest.raises(UserError) as caught:
+        studies.open_storage(url)
+    assert "storage" in str(caught.value)
+    assert "s3cret-word" not in str(caught.value)
+
+
+# ---- kills ----------------------------------------------------------------------------------------------------------
+
+WORKER = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_tuning as t
+folder, name, journal = Path({folder!r}), {name!r}, Path({folder!r}) / "journal"
+what = t.plan()
+def slot(attempt, fold, seed):
+    with journal.open("a") as file:
+        file.write(f"{{attempt.values['optim.lr']:.9f}} {{fold}}\\n")
+    if os.environ.get("DIE") == f"{{attempt.number}}.{{fold}}":
+        os.kill(os.getpid(), signal.{signal})
+    return t.objective(attempt, fold, seed)
+t.tuning.search(t.begin(folder, what, name), what, slot, t.Budget(trials=7), pruner="none", worker=int(os.environ["WORKER"]))
+"""
+
+
+def work(folder: Path, name: str, how: str = "SIGKILL", die: str = "", worker: int = 0) -> subprocess.Popen[bytes]:
+    text = WORKER.format(tests=str(Path(__file__).parent), folder=str(folder), name=name, signal=how)
+    environment = os.environ | {"DIE": die, "WORKER": str(worker), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", text], env=environment, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
+def test_a_killed_study_goes_on_with_no_trial_lost_or_doubled(how: str, tmp_path: Path) -> None:
+    what = plan()
+    whole = begin(tmp_path, what, "whole")
+    tuning.search(whole, what, objective, Budget(trials=7), pruner="none")
+    killed = work(tmp_path, "parts", how, die="3.2")
+    assert killed.wait() in (-signal.SIGKILL, -signal.SIGINT)
+    parts = begin(tmp_path, what, "parts")
+    asked: list[int] = []
+
+    def slot(attempt: Attempt, fold: int, seed: int) -> Sequence[float]:
+        asked.append(fold)
+        return objective(attempt, fold, seed)
+
+    tuning.search(parts, what, slot, Budget(trials=7), pruner="none")
+    assert asked[:3] == [2, 3, 4]  # the folds it had done are not done again
+    assert told(parts) == told(whole)
+    started = (tmp_path / "journal").read_text().split("\n")[:-1]
+    assert len(started) == len(set(started)) == 18
+
+
+@pytest.mark.slow
+def test_several_workers_share_a_study_and_stop_together(tmp_path: Path) -> None:
+    what = plan()
+    begin(tmp_path, what, "shared")
+    workers = [work(tmp_path, "shared", worker=number) for number in range(3)]
+    for worker in workers:
+        assert worker.wait() == 0
+    study = begin(tmp_path, what, "shared")
+    assert len(studies.records(study)) == 7
+    assert sum(record.is_base for record in studies.records(study)) == 1
+    assert len((tmp_path / "journal").read_text().split("\n")[:-1]) == 35
+
+
+# ---- what is known, and what is believed ----------------------------------------------------------------------------
+
+
+def test_earlier_studies_and_good_recipes_warm_a_study(tmp_path: Path) -> None:
+    storage = studies.open_storage(f"sqlite:///{tmp_path}/optuna.db")
+    before = plan({"optim.lr": RANGES["optim.lr"]})
+    old = studies.open_study("old", storage, before)
+
+    def with_defaults(attempt: Attempt, fold: int, seed: int) -> Sequence[float]:
+        values = {"optim.weight_decay": 0.01, "augment.preset": "baseline"} | attempt.values
+        return [truth(values, fold, seed)]
+
+    tuning.search(old, before, with_defaults, Budget(trials=8), pruner="none")
+    what = plan()
+    warm = studies.open_study("warm", storage, what)
+    assert studies.take_over(warm, what, "old", storage) == (8, 0)
+    assert studies.take_over(warm, what, "old", storage) == (0, 0)
+    assert studies.counted(warm) == []  # what is known costs nothing
+    good = Recipe.model_validate({"optim": {"lr": 0.01, "weight_decay": 0.1}, "augment": {"preset": "none"}})
+    studies.try_early(warm, what, good)
+    tuning.search(warm, what, objective, Budget(trials=2), pruner="none")
+    assert what.space.recipe(studies.records(warm)[-1].values) == good
+    elsewhere = plan(context={"manifest": "m2"})
+    hinted = studies.open_study("hinted", storage, elsewhere)
+    assert studies.take_over(hinted, elsewhere, "old", storage) == (0, 5)
+    with pytest.raises(UserError, match="old"):
+        studies.take_over(warm, what, "older", storage)
+    with pytest.raises(UserError, match="optim.lr"):
+        studies.try_early(warm, what, Recipe.model_validate({"optim": {"lr": 0.9}}))
+
+
+def test_confirmation_trains_each_fresh_slot_once(tmp_path: Path) -> None:
+    what = plan()
+    study = begin(tmp_path, what)
+    tuning.search(study, what, objective, Budget(trials=3), sampler="random", pruner="none")
+    fresh = [(fold, seed) for seed in (1, 2) for fold in range(5)]
+    asked: list[tuple[int, int]] = []
+
+    def slot(attempt: Attempt, fold: int, seed: int) -> Sequence[float]:
+        if len(asked) == 4:
+            asked.append((-1, -1))
+            raise KeyboardInterrupt
+        asked.append((fold, seed))
+        return objective(attempt, fold, seed)
+
+    chosen = studies.records(study)[:1]
+    with pytest.raises(KeyboardInterrupt):
+        tuning.confirm(study, what, slot, chosen, fresh)
+    found = tuning.confirm(begin(tmp_path, what), what, slot, chosen, fresh)
+    assert asked == [*fresh[:4], (-1, -1), *fresh[4:]]
+    assert set(found[0]) == {f"f{fold}.s{seed}" for fold, seed in fresh}
