@@ -48,6 +48,7 @@ class Train(Recipe):
     stage: Literal["", "staging", "production"] = Field(
         "", description="promote the member when all its slots are trained"
     )
+    restart: bool = Field(False, description="throw unfinished slots away and train all of them anew")
 
 
 class Infer(Section):

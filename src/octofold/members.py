@@ -1,0 +1,177 @@
+"""Members: a recipe over folds and seeds, one parent run, one child run and one registered version per slot.
+
+Whatever is interrupted goes on: a run is found again by its tags (recipe, manifest, slot), and each step of filling a
+slot may be repeated without leaving a second trace.
+"""
+
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from octofold import checkpoint, interrupt, manifest, plots, registry, tracking, training
+from octofold.commands import Train
+from octofold.compute import Devices, device_setup
+from octofold.files import ROOT
+from octofold.manifest import Manifest
+from octofold.models import read_card
+from octofold.predictions import Predictions, average, concatenate
+from octofold.recipe import Recipe
+from octofold.tasks import make_task
+
+log = logging.getLogger("octofold")
+
+
+def train(config: Train) -> dict[str, Any]:
+    """Train, track and register every slot of a member.
+
+    Returns:
+        ``run_id`` of the parent, ``member``, ``slots`` with their registered versions, and the headline metrics.
+
+    Raises:
+        UserError: an unfinished slot of another recipe, manifest or code; a diverging loss; a missing file.
+    """
+    table = manifest.read(config.manifest)
+    recipe = Recipe(**{name: getattr(config, name) for name in Recipe.model_fields})
+    folds = manifest.check_folds(table, config.folds)
+    jobs = [(fold, seed) for seed in config.seeds for fold in folds]
+    tags = _tags(recipe, table)
+    devices = device_setup(recipe.runtime.device, recipe.runtime.threads)
+    for fold, seed in jobs:
+        _check_unfinished(config, recipe, table, fold, seed)
+    interrupt.clear([_member_folder(table, recipe), *(_folder(table, recipe, *job) for job in jobs)])
+    known = None if config.restart else _latest(tags | {"entry": "train"}, table)
+    with tracking.run("train", config, table.competition, recipe.member, tags, resume_id=known) as parent:
+        parent.log_dataset(table.table, table.competition, "training", str(table.file))
+        parts: dict[int, list[dict[str, Predictions]]] = {}
+        versions = []
+        for fold, seed in jobs:
+            oof, version = _fill(config, recipe, table, fold, seed, parent, tags, devices)
+            parts.setdefault(seed, []).append(oof)
+            versions.append(version)
+        metrics = _score(recipe, table, parts, parent)
+        log_once(parent, metrics, 0)
+        if config.stage:
+            registry.promote(table.competition, recipe.member, config.stage)
+    return {"run_id": parent.id, "member": recipe.member, "slots": versions, **metrics}
+
+
+def _tags(recipe: Recipe, table: Manifest) -> dict[str, str]:
+    return {
+        "member": recipe.member,
+        "recipe_hash": checkpoint.recipe_hash(recipe),
+        "manifest_hash": table.hash,
+    }
+
+
+def _member_folder(table: Manifest, recipe: Recipe) -> Path:
+    return ROOT / "mlruns" / "work" / table.competition / recipe.member
+
+
+def _folder(table: Manifest, recipe: Recipe, fold: int, seed: int) -> Path:
+    return _member_folder(table, recipe) / f"f{fold}.s{seed}"
+
+
+def _check_unfinished(config: Train, recipe: Recipe, table: Manifest, fold: int, seed: int) -> None:
+    """Refuse, before any run is opened, a slot that was begun with another recipe, manifest or code."""
+    folder = _folder(table, recipe, fold, seed)
+    if config.restart and folder.exists():
+        shutil.rmtree(folder)
+    if (folder / "identity.json").exists():
+        checkpoint.claim(folder, checkpoint.identity(recipe, table.hash, fold, seed))
+
+
+def _latest(tags: Mapping[str, str], table: Manifest) -> str | None:
+    """Id of the newest run with these tags."""
+    found = tracking.find_runs(table.competition, tags)
+    return found[0].id if found else None
+
+
+def _fill(
+    config: Train,
+    recipe: Recipe,
+    table: Manifest,
+    fold: int,
+    seed: int,
+    parent: tracking.Run,
+    tags: dict[str, str],
+    devices: Devices,
+) -> tuple[dict[str, Predictions], str]:
+    """Fill one slot, unless it is filled; return its OOF by views, and its registered name and version."""
+    folder = _folder(table, recipe, fold, seed)
+    mine = tags | {"fold": str(fold), "seed": str(seed)}
+    known = [] if config.restart else tracking.find_runs(table.competition, mine | {"entry": "train.slot"})
+    if known and known[0].status == "FINISHED" and "registered" in known[0].tags and not folder.exists():
+        log.info("fold %d seed %d: already trained (%s)", fold, seed, known[0].tags["registered"])
+        return _stored_oof(known[0].id), known[0].tags["registered"]
+    name = f"{recipe.member} f{fold} s{seed}"
+    resume = known[0].id if known and folder.exists() else None
+    with tracking.run("train.slot", config, table.competition, name, mine, parent, resume) as run:
+        seen = run.metric_steps("train/loss") if resume else set()
+
+        def report(epoch: int, metrics: dict[str, float]) -> None:
+            shown = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
+            log.info("%s epoch %d: %s", name, epoch, shown)
+            if epoch not in seen:
+                run.log_metrics(metrics, step=epoch)
+
+        result = training.train_slot(recipe, table, fold, seed, folder, report, devices)
+        version = _register(run, result, fold, seed, tags["recipe_hash"])
+        if resume and parent.id != tracking.get_run(run.id).tags.get("mlflow.parentRunId"):
+            run.set_tags({"mlflow.parentRunId": parent.id})
+    # Last of all: while the folder stands, the slot counts as unfinished, and every step above bears repeating.
+    rubbish = folder.with_name(f".{folder.name}.done")
+    shutil.rmtree(rubbish, ignore_errors=True)
+    folder.replace(rubbish)
+    shutil.rmtree(rubbish)
+    return result.oof, version
+
+
+def _register(run: tracking.Run, result: training.SlotResult, fold: int, seed: int, recipe_hash: str) -> str:
+    """Log a finished slot's artifacts and metrics, and register its model; repeating it changes nothing."""
+    card = read_card(result.model_folder)
+    log_once(run, result.metrics, 0)
+    folder = result.model_folder.parent
+    run.log_artifacts(folder / "oof", "oof")
+    run.log_artifact(folder / "history.csv")
+    marks = result.history.index[result.history["phase"] != result.history["phase"].shift()].tolist()[1:]
+    run.log_figure(
+        plots.curves(result.history.drop(columns="phase"), marks=marks, title=f"fold {fold} seed {seed}"), "curves.png"
+    )
+    slot = registry.register_slot(run, result.model_folder, {"recipe_hash": recipe_hash})
+    version = f"{slot.name}/{slot.version}"
+    run.set_tags({"registered": version, "model_sha": card.model_sha})
+    return version
+
+
+def log_once(run: tracking.Run, metrics: Mapping[str, float], step: int) -> None:
+    """Log metrics that the run does not have at this step yet."""
+    new = {key: value for key, value in metrics.items() if step not in run.metric_steps(key)}
+    if new:
+        run.log_metrics(new, step=step)
+
+
+def _stored_oof(run_id: str) -> dict[str, Predictions]:
+    folder = tracking.download(run_id, "oof")
+    return {path.stem: Predictions.load(path) for path in sorted(folder.glob("*.parquet"))}
+
+
+def _score(
+    recipe: Recipe, table: Manifest, parts: dict[int, list[dict[str, Predictions]]], parent: tracking.Run
+) -> dict[str, float]:
+    """Score the member on the held-out rows of all folds trained, seeds averaged; keep that OOF in the parent run."""
+    task = make_task(table.task, table.classes, table.info.get("swap"))
+    metric = training.metric_of(recipe, task)
+    place = {name: row for row, name in enumerate(table.sample_ids.tolist())}
+    metrics: dict[str, float] = {}
+    for views in sorted({views for slots in parts.values() for oof in slots for views in oof}):
+        whole = average([concatenate([oof[views] for oof in slots]) for slots in parts.values()])
+        truth = table.target[np.array([place[name] for name in whole.sample_ids.tolist()])]
+        for name in dict.fromkeys([metric, task.default_metric]):
+            metrics[f"oof.{views}/{name}"] = task.score(whole.values, truth, name)
+    for name in dict.fromkeys([metric, task.default_metric]):
+        metrics[f"oof/{name}"] = metrics[f"oof.{recipe.tta}/{name}"]
+    return metrics
