@@ -1,0 +1,201 @@
+"""Suspicion: arrays in, how much each label is in doubt out. Pure numpy and scikit-learn; rows never move.
+
+Every function takes and returns row i for sample i. (Original 002 computed features in one order and attached them
+to ids in another; its isolation forest looked useless ever after.)
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+NEIGHBOURS = 20
+WIDTH = 0.1  # of the neighbours' kernel, in cosine similarity
+SMALLEST_CLASS = 12  # below it, "unlike its class" means nothing
+ODD = 4.0  # robust standard deviations from its class
+ODD_WEIGHT = 0.05  # lifts odd images over quiet ones; moved no flipped label out of the first tenth
+TWIN = 0.95  # cosine similarity of images that are nearly the same picture
+
+
+def margin(probs: Array, label: Ints) -> Array:
+    """``(N,)`` in [-1, 1]: probability of the label less the best other one; below 0, something else is likelier."""
+    rows = np.arange(len(label))
+    others = probs.copy()
+    others[rows, label] = -np.inf
+    found: Array = probs[rows, label] - others.max(axis=1)
+    return found
+
+
+def confident_joint(probs: Array, label: Ints) -> tuple[Array, Ints]:
+    """Count the samples labelled i that are confidently j: confident learning.
+
+    Source: Northcutt, Jiang, Chuang (2021), "Confident Learning: Estimating Uncertainty in Dataset Labels",
+    J. Artif. Intell. Res. 70, 1373-1411, section 3.1. A sample is confidently j when its probability of j reaches
+    the mean probability of j among the samples labelled j; of several such j, the likeliest.
+
+    Args:
+        probs: ``(N, K)`` out-of-fold probabilities.
+        label: ``(N,)`` class index.
+
+    Returns:
+        joint ``(K, K)`` counts, given label by confident class; and ``(N,)`` that class, -1 where none is confident.
+    """
+    classes = probs.shape[1]
+    count = np.bincount(label, minlength=classes)
+    threshold = np.full(classes, np.inf)
+    for one in np.flatnonzero(count):
+        threshold[one] = probs[label == one, one].mean()
+    above = np.where(probs >= threshold - 1e-9, probs, -1.0)
+    confident = np.where(above.max(axis=1) >= 0, above.argmax(axis=1), -1)
+    joint = np.zeros((classes, classes))
+    sure = confident >= 0
+    np.add.at(joint, (label[sure], confident[sure]), 1)
+    return joint, confident.astype(np.int64)
+
+
+def disagreement(members: Array) -> Array:
+    """``(N,)`` in [0, 1]: how much ``(M, N, K)`` members and seeds differ (mutual information over log K).
+
+    Entropy of the mean less the mean entropy (Houlsby et al. 2011, "Bayesian Active Learning for Classification and
+    Preference Learning"): 0 where all say the same, however unsure.
+    """
+
+    def entropy(probs: Array) -> Array:
+        found: Array = -(probs * np.log(np.clip(probs, 1e-12, None))).sum(axis=-1)
+        return found
+
+    gap = entropy(members.mean(axis=0)) - entropy(members).mean(axis=0)
+    return np.asarray(np.clip(gap, 0, None) / math.log(max(2, members.shape[-1])))
+
+
+def normalise(features: Array, width: int = 128) -> Array:
+    """Centre ``(N, F)`` features, keep their `width` main directions, scale rows to length 1; float32."""
+    centred = np.asarray(features, np.float32) - np.asarray(features, np.float32).mean(axis=0)
+    if min(centred.shape) > width:
+        from sklearn.decomposition import PCA
+
+        centred = PCA(width, svd_solver="randomized", random_state=0).fit_transform(centred)
+    length = np.linalg.norm(centred, axis=1, keepdims=True)
+    return np.asarray(centred / np.where(length > 0, length, 1), np.float32)
+
+
+def nearest(unit: Array, count: int = NEIGHBOURS, block: int = 1024) -> tuple[Ints, Array]:
+    """Find each row's nearest other rows by cosine similarity, exactly, in bounded memory.
+
+    Returns:
+        ``(N, k)`` row numbers and similarities, nearest first; k is `count`, or fewer where there are fewer rows.
+    """
+    total = len(unit)
+    k = max(0, min(count, total - 1))
+    rows, near = np.zeros((total, k), np.int64), np.zeros((total, k), np.float32)
+    for start in range(0, total if k else 0, block):
+        similarity = unit[start : start + block] @ unit.T
+        here = np.arange(len(similarity))
+        similarity[here, start + here] = -np.inf
+        best = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+        found = np.take_along_axis(similarity, best, axis=1)
+        order = np.argsort(-found, axis=1, kind="stable")
+        rows[start : start + block] = np.take_along_axis(best, order, axis=1)
+        near[start : start + block] = np.take_along_axis(found, order, axis=1)
+    return rows, near
+
+
+def votes(rows: Ints, similarity: Array, label: Ints, classes: int) -> Array:
+    """``(N, K)`` class shares among each sample's neighbours (its own label has no vote), nearer ones counting more."""
+    shares = np.zeros((len(label), classes))
+    if rows.shape[1] == 0:
+        return shares + 1 / classes
+    weight = np.exp((similarity - similarity[:, :1]) / WIDTH)
+    for column in range(rows.shape[1]):
+        shares[np.arange(len(label)), label[rows[:, column]]] += weight[:, column]
+    return np.asarray(shares / shares.sum(axis=1, keepdims=True))
+
+
+def isolated(features: Array, label: Ints, seed: int = 0) -> Array:
+    """``(N,)`` how odd a sample is in its class by an isolation forest, in robust standard deviations; 0 = typical.
+
+    One forest per class (original 002 grew one for all, where a rare class is an outlier as a whole).
+    """
+    from sklearn.ensemble import IsolationForest
+
+    odd = np.zeros(len(label))
+    for one in _big_classes(label):
+        mine = np.flatnonzero(label == one)
+        forest = IsolationForest(n_estimators=100, max_samples=min(256, len(mine)), random_state=seed).fit(
+            features[mine]
+        )
+        depth = -forest.score_samples(features[mine])
+        spread = 1.4826 * np.median(np.abs(depth - np.median(depth)))
+        odd[mine] = np.clip((depth - np.median(depth)) / max(spread, 1e-9), 0, None)
+    return odd
+
+
+def stray(unit: Array, label: Ints, least: int = 4) -> Bools:
+    """``(N,)`` whether DBSCAN calls a sample noise within its class.
+
+    The radius of a class is twice the median distance to the `least`-th neighbour: dense classes get a small one.
+    """
+    from sklearn.cluster import DBSCAN
+    from sklearn.neighbors import NearestNeighbors
+
+    noise = np.zeros(len(label), bool)
+    for one in _big_classes(label):
+        mine = np.flatnonzero(label == one)
+        distance, _ = NearestNeighbors(n_neighbors=least).fit(unit[mine]).kneighbors()
+        radius = 2 * float(np.median(distance[:, -1]))
+        if radius > 0:
+            noise[mine] = DBSCAN(eps=radius, min_samples=least).fit_predict(unit[mine]) < 0
+    return noise
+
+
+def _big_classes(label: Ints) -> list[int]:
+    return [int(one) for one in np.flatnonzero(np.bincount(label) >= SMALLEST_CLASS)]
+
+
+def combine(probs: Array | None, shares: Array | None, label: Ints) -> tuple[Array, Array]:
+    """One belief from models and neighbours, and one score from the belief.
+
+    The plain mean: models see what a class looks like anywhere, neighbours see what was photographed in the same
+    minute; each catches what the other excuses (`docs/cleaning.md` has the numbers).
+
+    Args:
+        probs: ``(N, K)`` mean out-of-fold probabilities, NaN rows where no model has spoken; or None.
+        shares: ``(N, K)`` the neighbours' votes; or None.
+        label: ``(N,)`` class index.
+
+    Returns:
+        belief ``(N, K)``, rows sum to 1 (the label itself where nothing is known); suspicion ``(N,)`` in [0, 1],
+        above 0.5 where another class is likelier than the label.
+    """
+    classes = max(
+        (part.shape[1] for part in (probs, shares) if part is not None), default=int(label.max(initial=0)) + 1
+    )
+    total, weight = np.zeros((len(label), classes)), np.zeros((len(label), 1))
+    for part in (probs, shares):
+        if part is not None:
+            spoken = np.isfinite(part).all(axis=1, keepdims=True)
+            total += np.where(spoken, part, 0)
+            weight += spoken
+    silent = weight[:, 0] == 0
+    total[silent, label[silent]] = 1
+    belief = total / np.maximum(weight, 1)
+    if classes < 2:
+        return belief, np.zeros(len(label))
+    return belief, (1 - margin(belief, label)) / 2
+
+
+def point_errors(points: Array, guess: Array) -> Array:
+    """``(N, P)`` distance of each guess from its point, in units of that point's median distance; NaN where missing.
+
+    A value of 10 means: ten times what is usual for this body part.
+    """
+    distance = np.linalg.norm(guess.astype(np.float64) - points, axis=-1)
+    seen = np.isfinite(distance).any(axis=0)
+    usual = np.full(distance.shape[1], np.nan)
+    usual[seen] = np.nanmedian(distance[:, seen], axis=0)
+    return np.asarray(distance / np.maximum(usual, 1e-6))
