@@ -13,6 +13,8 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 FOUNDATION = {"errors", "files", "config", "store", "outage", "provenance", "spool"}
 LEAVES = {"recipe", "commands", "metrics", "tta", "tracking", "compute", "plots"}
 PARTS = {
+    "versions",
+    "registry",
     "sources",
     "checks",
     "neighbours",

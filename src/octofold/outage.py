@@ -76,3 +76,8 @@ def explained(store: str) -> Iterator[None]:
             fix = "install the database's driver: pip install 'octofold[postgres]'"
         got = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise UserError(f"MLFLOW_TRACKING_URI={redact(store)}", expected="an MLflow store", got=got, fix=fix) from error
+
+
+def error_code(error: BaseException) -> str:
+    """Return the code MLflow gives with a refusal, such as ``RESOURCE_DOES_NOT_EXIST``, or an empty text."""
+    return str(getattr(error, "error_code", "") or "")

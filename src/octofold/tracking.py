@@ -128,9 +128,6 @@ def find_runs(
     return [_info(run) for run in found if run.info.status in statuses]
 
 
-find_run = find_runs
-
-
 def get_run(run_id: str) -> RunInfo:
     """Return what the store knows of a run.
 
@@ -392,3 +389,11 @@ def fetch_uri(address: str, what: str) -> Path:
     if not local.exists():
         raise UserError(what, got=f"nothing at {local}", fix="was mlruns/ moved? `relocate` mends that")
     return local
+
+
+def list_artifacts(run_id: str, folder: str = "") -> dict[str, int]:
+    """Return ``{path: bytes}`` of every file of a run under `folder`, subfolders walked."""
+    found: dict[str, int] = {}
+    for item in patiently(lambda: client().list_artifacts(run_id, folder or None)):
+        found |= list_artifacts(run_id, item.path) if item.is_dir else {item.path: int(item.file_size or 0)}
+    return found
