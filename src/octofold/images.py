@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 Pixels = npt.NDArray[np.uint8]
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 LONGEST = 4  # a strip longer than 4:1 is cut about its centre before `crop` blows up its short side
-GREY = 128
+GREY = 128  # of the bars that `pad` adds
 AHEAD = 256  # photos decoded between two writes
 VERSION = 1  # of the pixels: another decode or resize must not find old caches
 MOST_PIXELS = 300_000_000
@@ -265,8 +265,7 @@ def find_images(folder: Path) -> list[Path]:
     found: list[Path] = []
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
-        names = (name for name in files if not name.startswith(".") and name.lower().endswith(SUFFIXES))
-        found += [Path(place, name) for name in names]
+        found += [Path(place, name) for name in files if not name.startswith(".") and name.lower().endswith(SUFFIXES)]
     return sorted(found)
 
 

@@ -135,20 +135,16 @@ def read(path: Path | str) -> Manifest:
         )
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, ValueError) as error:
         raise UserError(path, expected="a CSV that prepare wrote", got=str(error)) from error
-    try:
-        manifest = Manifest(
-            table=table,
-            task=header["task"],
-            classes=tuple(header["classes"]),
-            file=path,
-            competition=header["competition"],
-            images=(path.parent / header["images"]).resolve(),
-            info=header["info"],
-        )
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            path.with_suffix(".json"), expected="task, classes, competition, images, info", got=str(error)
-        ) from error
+    _check_header(header, path.with_suffix(".json"))
+    manifest = Manifest(
+        table=table,
+        task=header["task"],
+        classes=tuple(header["classes"]),
+        file=path,
+        competition=header["competition"],
+        images=(path.parent / header["images"]).resolve(),
+        info=header["info"],
+    )
     _check(manifest, path)
     if header.get("hash") and header["hash"] != manifest.hash:
         raise UserError(
@@ -158,6 +154,18 @@ def read(path: Path | str) -> Manifest:
             fix="run prepare again (labels are changed by decisions, never by hand)",
         )
     return manifest
+
+
+def _check_header(header: Any, path: Path) -> None:
+    kinds = {"task": str, "classes": list, "competition": str, "images": str, "info": dict, "hash": str}
+    wrong = [name for name, kind in kinds.items() if not isinstance(header, dict) or type(header.get(name)) is not kind]
+    if wrong:
+        raise UserError(path, expected=", ".join(kinds), got=f"no (or odd) {preview(wrong)}", fix="run prepare again")
+    names = header["classes"]
+    if header["task"] not in ("classify", "keypoints") or not all(isinstance(name, str) for name in names):
+        raise UserError(path, expected="task classify or keypoints, class names as text", got=str(header["task"]))
+    if len(set(names)) != len(names) or "\0" in header["images"]:
+        raise UserError(path, expected="distinct class names", got=preview(names))
 
 
 def _check(manifest: Manifest, path: Path) -> None:

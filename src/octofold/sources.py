@@ -3,11 +3,11 @@
 Every name in a user's file is checked here: it must lead to a file inside the folder it is relative to.
 """
 
+import csv
 import io
 import os
 import re
 import unicodedata
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -45,31 +45,39 @@ class Source:
 
 
 def read_table(path: Path | str, what: str = "a CSV file") -> pd.DataFrame:
-    """Read a CSV (comma, semicolon or tab) as text, refusing whatever pandas would repair in silence.
+    """Read a CSV (comma, semicolon or tab) as text, every cell as it is written; nothing is repaired in silence.
+
+    A column name that comes twice gets ``.1``, as pandas would name it.
 
     Raises:
-        UserError: no file, not UTF-8, no header, rows longer or shorter than the header.
+        UserError: no file, not UTF-8, no header, broken quotes, rows longer or shorter than the header.
     """
     path = existing(path, what)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(path, expected=f"{what}, UTF-8 text", got=str(error), fix="save it as UTF-8") from error
     head = text.partition("\n")[0]
-    separator = max(",\t;", key=head.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",\t;", key=head.count), strict=True)
+    rows = []
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            table = pd.read_csv(
-                io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, na_values=[], index_col=False
-            )
-    except (ValueError, pd.errors.ParserWarning) as error:  # ParserError and EmptyDataError are ValueErrors
-        raise UserError(path, expected=f"{what}: a header and rows as long", got=str(error).strip()) from error
-    short = table.isna().any(axis=1)
-    if short.any():
-        lines = preview(np.flatnonzero(short) + 2)
-        raise UserError(path, expected=f"{len(table.columns)} fields in every row", got=f"fewer in line {lines}")
-    return table.rename(columns=str)
+        header = next(reader, [])
+        for row in reader:
+            if row and len(row) != len(header):
+                raise csv.Error(f"{len(row)} fields in line {reader.line_num}, the header has {len(header)}")
+            if row:
+                rows.append(row)
+    except csv.Error as error:
+        raise UserError(path, expected=f"{what}: a header and rows as long", got=str(error)) from error
+    if not any(header):
+        raise UserError(path, expected=f"{what}: a header and rows as long", got="no header")
+    columns: list[str] = []
+    for name in header:
+        twins = header[: len(columns)].count(name)
+        columns.append(f"{name}.{twins}" if twins else name)
+    if len(set(columns)) != len(columns):
+        raise UserError(path, expected="distinct column names", got=preview(columns, 12))
+    return pd.DataFrame(rows, columns=columns, dtype=str)
 
 
 def column(table: pd.DataFrame, name: str, path: object, flag: str) -> "pd.Series[str]":

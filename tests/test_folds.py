@@ -1,0 +1,109 @@
+"""Folds: groups never cross, classes stay balanced, old samples stay where they were."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from octofold import folds
+from octofold.errors import UserError
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 12), st.sampled_from("abc")), min_size=1, max_size=80),
+    st.integers(2, 6),
+    st.integers(0, 3),
+)
+@settings(deadline=None, max_examples=60)
+def test_groups_never_cross(rows: list[tuple[int, str]], count: int, seed: int) -> None:
+    groups, labels = [str(group) for group, _ in rows], [label for _, label in rows]
+    if len(set(groups)) < count:
+        with pytest.raises(UserError, match="fewer --folds"):
+            folds.assign(groups, labels, count, seed)
+        return
+    fold = folds.assign(groups, labels, count, seed)
+    assert folds.crossing(np.array(groups), fold) == []
+    assert set(fold.tolist()) <= set(range(count))
+    assert np.array_equal(fold, folds.assign(groups, labels, count, seed))
+
+
+@given(st.lists(st.sampled_from("abcd"), min_size=6, max_size=200), st.integers(2, 6))
+@settings(deadline=None, max_examples=60)
+def test_without_groups_it_is_stratified_to_one_sample(labels: list[str], count: int) -> None:
+    fold = folds.assign([str(row) for row in range(len(labels))], labels, count, 0)
+    table = pd.crosstab(np.array(labels), fold).reindex(columns=range(count), fill_value=0).to_numpy()
+    assert (table.max(axis=1) - table.min(axis=1)).max() <= 1
+    assert np.ptp(table.sum(axis=0)) <= max(2, len(set(labels)))
+
+
+def test_seed_changes_folds() -> None:
+    names = [str(row) for row in range(50)]
+    assert (folds.assign(names, ["a"] * 50, 5, 0) != folds.assign(names, ["a"] * 50, 5, 1)).any()
+
+
+def test_old_samples_keep_their_fold_and_new_ones_follow_their_group() -> None:
+    groups = ["g", "g", "h", "h", "new", "new", "x", "y", "z", "w"]
+    kept = np.array([3, -1, 1, 1, -1, -1, 0, 2, 4, -1])
+    fold = folds.assign(groups, ["a"] * 10, 5, 0, kept)
+    assert (fold[kept >= 0] == kept[kept >= 0]).all()
+    assert fold[1] == 3
+    assert fold[4] == fold[5]
+
+
+def test_a_new_group_that_joins_two_folds_moves_no_old_sample() -> None:
+    fold = folds.assign(["g", "g", "g", "g", "h"], None, 2, 0, np.array([0, 1, 1, -1, 0]))
+    assert fold.tolist() == [0, 1, 1, 1, 0]
+
+
+def test_big_groups_stay_balanced() -> None:
+    """100 groups of very different sizes over 5 folds: each fold within a tenth of a fifth."""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(1, 60, 100)
+    groups = np.repeat(np.arange(100).astype(str), sizes)
+    labels = np.repeat(rng.integers(0, 4, 100).astype(str), sizes)
+    counts = np.bincount(folds.assign(groups, labels, 5))
+    assert np.abs(counts / len(groups) - 0.2).max() < 0.02
+    table = pd.crosstab(labels, folds.assign(groups, labels, 5), normalize="index").to_numpy()
+    assert np.abs(table - 0.2).max() < 0.05
+
+
+FILES, LABELS = ["a.png", "b.png", "c.png"], ["x", "y", "x"]
+
+
+def test_a_folds_file_is_taken_as_it_is() -> None:
+    table = pd.DataFrame({"file": ["c.png", "a.png", "b.png"], "label": ["x", "x", "y"], "fold": ["2", "0", "1.0"]})
+    assert folds.from_file(table, FILES, LABELS, "f.csv").tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"fold": ["0", "one", "1"]}, "'one'"),
+        ({"fold": ["0", "-1", "1"]}, "'-1'"),
+        ({"fold": ["0", "0.5", "1"]}, "'0.5'"),
+        ({"fold": ["0", "", "1"]}, "whole fold numbers"),
+        ({"fold": ["0", "1e99", "1"]}, "1e99"),
+        ({"fold": ["1", "1", "1"]}, "at least two folds"),
+        ({"file": ["a.png", "b.png", "z.png"]}, "c.png"),
+        ({"file": ["a.png", "b.png", "b.png"]}, "two for b.png"),
+        ({"label": ["x", "x", "x"]}, "b.png (x, labels say y)"),
+    ],
+)
+def test_a_wrong_folds_file_is_refused_by_name(change: dict[str, list[str]], words: str) -> None:
+    table = pd.DataFrame({"file": FILES, "label": LABELS, "fold": ["0", "1", "2"]} | change)
+    with pytest.raises(UserError) as caught:
+        folds.from_file(table, FILES, LABELS, "f.csv")
+    assert words in str(caught.value)
+
+
+@given(st.lists(st.tuples(st.sampled_from(FILES), st.text(max_size=8)), max_size=8))
+@settings(deadline=None)
+def test_fuzzed_folds_are_right_or_refused(rows: list[tuple[str, str]]) -> None:
+    table = pd.DataFrame(rows, columns=["file", "fold"], dtype=str)
+    try:
+        fold = folds.from_file(table, FILES, LABELS, "f.csv")
+    except UserError:
+        return
+    said = dict(rows)
+    assert [float(said[name]) for name in FILES] == fold.tolist()
