@@ -19,7 +19,12 @@ Rows = npt.NDArray[np.bool_] | None
 
 
 def fit(
-    method: str, members: Array, target: Array, fold: Array | None = None, rows: Rows = None, metric: Metric | None = None
+    method: str,
+    members: Array,
+    target: Array,
+    fold: Array | None = None,
+    rows: Rows = None,
+    metric: Metric | None = None,
 ) -> Blend:
     """Fit one row of `METHODS`.
 
@@ -38,7 +43,9 @@ def fit(
     known("blend method", method, METHODS)
     points = members.ndim == 4
     if points and method not in POINT_METHODS:
-        raise UserError(f"blend method '{method}'", expected=f"for points one of {', '.join(POINT_METHODS)}", got=method)
+        raise UserError(
+            f"blend method '{method}'", expected=f"for points one of {', '.join(POINT_METHODS)}", got=method
+        )
     if members.shape[0] == 0 or members.shape[1] == 0 or (rows is not None and not rows.any()):
         raise UserError(f"blend method '{method}'", expected="at least one member and one row", got=str(members.shape))
     if members.shape[0] == 1:  # nothing to weigh

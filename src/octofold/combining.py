@@ -1,4 +1,4 @@
-"""A fitted blend: members' predictions in, one prediction out. Plain numbers, so it can be stored as JSON and served."""
+"""A fitted blend: members' predictions in, one prediction out. Plain numbers, so it can be stored and served."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -136,7 +136,8 @@ def stack_features(members: Array) -> Array:
     entropy = -(members * np.log(members.clip(TINY))).sum(axis=2)
     sure, margin = top[:, :, 1], top[:, :, 1] - top[:, :, 0]
     columns = [*logs, sure.T, margin.T, entropy.T]
-    return np.concatenate([*columns, members.mean(axis=0)], axis=1)
+    found: Array = np.concatenate([*columns, members.mean(axis=0)], axis=1)
+    return found
 
 
 def softmax(scores: Array) -> Array:

@@ -1,7 +1,7 @@
 """The flags of every entry point. Light to import: `--help` answers at once."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -112,7 +112,11 @@ class Blend(Section):
         "equal", description="how a member's fold models are averaged on test images"
     )
     tta: str = Field("geo8", description="views: none, flip, geo4, geo8, geo8_original, or auto")
-    metric: str = Field("accuracy", description="row of metrics.METRICS the estimate is stated in")
+    metric: str = Field("", description="row of metrics.METRICS the blend is judged by; empty = accuracy, or mse")
+    mixed: bool = Field(
+        False, description="let in members trained on other data versions; fit on rows each predicted without training"
+    )
+    shift: bool = Field(True, description="compare test with training images in a member's embedding")
     out: Path | None = Field(None, description="folder for submission.csv and ledger; none = runs/blend/<run id>")
     seed: int = Field(0, ge=0, description="of the bootstrap")
 
@@ -134,11 +138,36 @@ class Clean(Section):
 class Tune(Section):
     """A search space over a recipe becomes an Optuna study and a better recipe."""
 
-    manifest: Path = Field(description="manifest.csv")
-    config: Path = Field(description="YAML: `recipe:` (path or mapping), `space:` (ranges over recipe fields), ...")
-    trials: int = Field(20, ge=1, description="trials to reach in this study")
+    manifest: Path = Field(description="manifest.csv that prepare wrote")
+    config: Path = Field(description="YAML holding these fields; at least recipe and space")
+    recipe: Path | dict[str, Any] = Field(description="the base recipe, first trial and yardstick: a YAML or a mapping")
+    space: dict[str, Any] = Field(
+        {}, description="ranges over recipe fields, `optim.lr: {low: 1e-5, high: 1e-2, log: true}`; docs/tuning.md"
+    )
+    warm_start: list[str | dict[str, Any]] = Field(
+        [], description="tried first: recipe YAMLs, mappings of searched fields, or `study:NAME` to take over trials"
+    )
+    trials: int | None = Field(20, ge=1, description="trials to reach in this study; null = no limit")
+    hours: float | None = Field(None, gt=0, description="of trial time; null = no limit")
+    slots: int | None = Field(None, ge=1, description="slots (fold, seed) to train in all trials; null = no limit")
+    folds: list[int] | None = Field(None, description="folds each trial is scored on; null = all of the manifest's")
+    seeds: list[int] = Field([0], min_length=1, description="seeds each trial trains each fold with")
+    views: str = Field("none", description="views a slot is scored with; none = the score of the last validation")
+    objectives: list[Literal["score", "inference_ms"]] = Field(
+        ["score"], min_length=1, description="score, or score,inference_ms (one image, one view) for a Pareto set"
+    )
+    sampler: Literal["gp", "tpe", "nsga2", "random"] = Field("gp", description="who proposes the next trial")
+    pruner: Literal["wilcoxon", "median", "none"] = Field("wilcoxon", description="who stops a trial between slots")
+    prune_p: float = Field(
+        0.13, gt=0, lt=1, description="wilcoxon: one-sided p to stop at; n slots cannot go below 2^-n"
+    )
+    confirm_seeds: int = Field(2, ge=0, description="fresh seeds on which winner and base recipe are compared; 0 = none")
+    seed: int = Field(0, ge=0, description="of the sampler")
     study: str = Field("", description="study name; the same name resumes. Empty = <competition>.<config name>")
-    storage: str = Field("", description="Optuna storage URL; empty = sqlite in mlruns/optuna.db")
+    storage: str = Field(
+        "", description="Optuna storage URL; empty = OCTOFOLD_STORAGE (.env), else sqlite in mlruns/optuna.db"
+    )
+    out: Path | None = Field(None, description="folder for the recipes found; none = runs/tune/<study>")
 
 
 class Demo(Section):

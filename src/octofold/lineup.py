@@ -4,24 +4,24 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from octofold import predictions, registry
+from octofold import ensemble, predictions, registry
 from octofold.errors import UserError, preview
 from octofold.files import ROOT, atomic, sha256_json
 from octofold.images import PixelCache, PixelSpec, open_cache
-from octofold.inference import predict_rows
+from octofold.inference import predict_manifest
 from octofold.manifest import Manifest
+from octofold.metrics import Metric, accuracy, point_mse
 from octofold.predictions import Predictions
 from octofold.recipe import Model
 from octofold.registry import Slot
-
-if TYPE_CHECKING:
-    from octofold.models import ModelCard, Net
+from octofold.shift import Distance, measure, pooled
+from octofold.tta import NESTED
 
 Array = npt.NDArray[Any]
 log = logging.getLogger("octofold")
@@ -144,8 +144,10 @@ def _per_seed(slots: dict[str, list[Slot]], rows: Manifest, views: str, mixed: b
         chosen = {name: [slot for slot in own if slot.seed == seed] for name, own in slots.items()}
         if any({s.fold for s in chosen[name]} != {s.fold for s in slots[name]} for name in slots):
             continue
-        whole = [_member_oof(own, rows, views, mixed).reorder(rows.classes).take(rows.sample_ids).values
-                 for own in chosen.values()]
+        whole = [
+            _member_oof(own, rows, views, mixed).reorder(rows.classes).take(rows.sample_ids).values
+            for own in chosen.values()
+        ]
         found.append(np.stack(whole))
     return found if len(found) > 1 else []
 
@@ -170,48 +172,47 @@ def slot_oof(slot: Slot, manifest: Manifest, views: str, mixed: bool = False) ->
         )
     held = manifest.take(manifest.fold == slot.fold)
     log.info("%s: no stored OOF with views %s, predicting its %d held-out rows", slot.name, views, len(held.table))
-    return replace(predict(slot, held, views), fold=held.fold)
+    return replace(predict([slot], held, views)[0], fold=held.fold)
 
 
-def predict(slot: Slot, images: Manifest, views: str) -> Predictions:
-    """Predict a manifest's images with one fold model, from the cache if the same weights did so before.
+def predict(slots: Sequence[Slot], images: Manifest, views: str) -> list[Predictions]:
+    """Predict a manifest's images with each fold model, from the cache where the same weights did so before.
 
-    The cache is keyed by weights, images and views, under ``data/<competition>/cache/predictions``.
+    The cache is keyed by weights, images and views, under ``data/<competition>/cache/predictions``. What it lacks is
+    predicted in one pass over the images per data version.
     """
-    key = sha256_json([slot.model_sha, sorted(images.sample_ids.tolist()), views])
-    file = ROOT / "data" / images.competition / "cache" / "predictions" / f"{key[:32]}.parquet"
-    if file.exists():
-        return Predictions.load(file).take(images.sample_ids)
-    net, card, pixels = _open(slot, images)
-    values = predict_rows(net, card, squares(pixels, slot.name), pixels.frames, views)
-    said = {
-        name: Predictions(
-            sample_ids=images.sample_ids,
-            values=part,
-            classes=card.classes,
-            manifest_hash=card.manifest_hash,
-            member=slot.member,
-            model_sha=card.model_sha,
-            views=name,
-            seed=slot.seed,
-        )
-        for name, part in values.items()
-    }
-    said[views].save(file)
-    return said[views]
+    ids = sorted(images.sample_ids.tolist())
+
+    def file(slot: Slot, name: str) -> Path:
+        return _cache(images) / f"{sha256_json([slot.model_sha, ids, name])[:32]}.parquet"
+
+    missing = [slot for slot in slots if not file(slot, views).exists()]
+    for version in sorted({slot.manifest_hash for slot in missing}):
+        some = [slot for slot in missing if slot.manifest_hash == version]
+        crew = ensemble.load_bag([registry.fetch(slot) for slot in some])
+        for slot, voice in zip(some, crew.voices, strict=True):
+            _check_weights(slot, voice.card.model_sha)
+        for slot, said in zip(some, predict_manifest(crew, images, views), strict=True):
+            for name, values in said.items():
+                values.save(file(slot, name))
+    return [Predictions.load(file(slot, views)).take(images.sample_ids) for slot in slots]
 
 
 def embed(slot: Slot, images: Manifest) -> Array:
     """Return the pooled features ``(N, F)`` float32 of one fold model's trunk, upright view, cached like `predict`."""
     import torch
 
+    from octofold.models import read_model
+
     key = sha256_json([slot.model_sha, sorted(images.sample_ids.tolist()), "features"])
-    file = ROOT / "data" / images.competition / "cache" / "predictions" / f"{key[:32]}.npz"
+    file = _cache(images) / f"{key[:32]}.npz"
     if file.exists():
         stored = np.load(file)
         place = {name: row for row, name in enumerate(stored["ids"].tolist())}
         return np.asarray(stored["features"][[place[name] for name in images.sample_ids.tolist()]])
-    net, _, pixels = _open(slot, images)
+    net, card = read_model(registry.fetch(slot))
+    _check_weights(slot, card.model_sha)
+    pixels = open_cache(images, PixelSpec.of(Model.model_validate(card.recipe["model"])))
     with torch.inference_mode():
         parts = [
             net.features(torch.from_numpy(batch).permute(0, 3, 1, 2)).float().numpy()
@@ -223,18 +224,18 @@ def embed(slot: Slot, images: Manifest) -> Array:
     return found
 
 
-def _open(slot: Slot, images: Manifest) -> tuple["Net", "ModelCard", PixelCache]:
-    from octofold.models import read_model
+def _cache(images: Manifest) -> Path:
+    return ROOT / "data" / images.competition / "cache" / "predictions"
 
-    net, card = read_model(registry.fetch(slot))
-    if card.model_sha != slot.model_sha:
+
+def _check_weights(slot: Slot, sha: str) -> None:
+    if sha != slot.model_sha:
         raise UserError(
             f"{slot.name} version {slot.version}",
             expected=f"weights with sha256 {slot.model_sha[:12]}",
-            got=card.model_sha[:12],
+            got=sha[:12],
             fix="the stored model was replaced; train the slot again or promote another version",
         )
-    return net, card, open_cache(images, PixelSpec.of(Model.model_validate(card.recipe["model"])))
 
 
 def squares(pixels: PixelCache, title: str) -> Iterator[npt.NDArray[np.uint8]]:
@@ -243,9 +244,117 @@ def squares(pixels: PixelCache, title: str) -> Iterator[npt.NDArray[np.uint8]]:
         yield np.stack([pixels.square(row) for row in range(start, min(start + BATCH, len(pixels)))])
 
 
-def test_manifest(manifest: Manifest, path: Path | None = None) -> Manifest | None:
+def votes(lineup: Lineup, test: Manifest) -> Array:
+    """Return what each fold model, in the order of `pins`, says of test images: ``(S, T, K)`` or ``(S, T, P, 2)``."""
+    slots = [slot for own in lineup.slots.values() for slot in own]
+    said = predict(slots, test, lineup.views)
+    return np.stack([one.reorder(lineup.rows.classes).values for one in said])
+
+
+def shares(lineup: Lineup, bag: str, per_fold: dict[str, list[float]] | None = None) -> list[npt.NDArray[np.float64]]:
+    """Return each member's shares of its fold models, in slot order, each summing to 1.
+
+    Args:
+        lineup: the members.
+        bag: ``equal``, or ``oof_acc``: by each fold model's score on its own held-out rows (original 000).
+        per_fold: members' weights for each fold, of `blending.lr_mse_per_fold`: a fold model then counts by its
+            fold's weight. The blend's weights are the mean over folds, so only the shares carry the difference.
+    """
+    found = []
+    for place, slots in enumerate(lineup.slots.values()):
+        raw = np.array([_own_score(lineup, place, slot) if bag == "oof_acc" else 1.0 for slot in slots])
+        if per_fold:
+            raw = raw * np.array([per_fold[str(slot.fold)][place] for slot in slots])
+        found.append(raw / raw.sum() if raw.sum() > 0 else np.full(len(slots), 1 / len(slots)))
+    return found
+
+
+def _own_score(lineup: Lineup, member: int, slot: Slot) -> float:
+    rows = lineup.rows.fold == slot.fold
+    if not rows.any():
+        return 0.0
+    values, target = lineup.oof[member][rows], lineup.rows.target[rows]
+    return point_mse(values, target) ** -1 if values.ndim == 3 else accuracy(values, target)
+
+
+def bagged(lineup: Lineup, said: Array, parts: Sequence[Array]) -> Array:
+    """Average fold models within each member: ``(S, T, …)`` votes and shares to ``(M, T, …)``."""
+    start, found = 0, []
+    for share in parts:
+        own = said[start : start + len(share)]
+        found.append(np.tensordot(share, own.astype(np.float64), axes=1))
+        start += len(share)
+    return np.stack(found).astype(np.float32)
+
+
+def by_fold(lineup: Lineup, said: Array) -> dict[int, Array]:
+    """Take fold models apart again: for each fold all members have, ``(M, T, …)``, seeds averaged as in the OOF."""
+    slots = [(place, slot) for place, own in enumerate(lineup.slots.values()) for slot in own]
+    folds = set.intersection(*({slot.fold for slot in own} for own in lineup.slots.values()))
+    return {
+        fold: np.stack(
+            [
+                np.mean([said[row] for row, (m, slot) in enumerate(slots) if m == place and slot.fold == fold], axis=0)
+                for place in range(len(lineup.slots))
+            ]
+        )
+        for fold in sorted(folds)
+    }
+
+
+def signed(lineup: Lineup, test: Manifest, values: Array, name: str = "blend") -> Predictions:
+    """Put a name to blended values ``(T, …)`` of the test images."""
+    shas = [slot.model_sha for own in lineup.slots.values() for slot in own]
+    return Predictions(
+        sample_ids=test.sample_ids,
+        values=values,
+        classes=lineup.rows.classes,
+        manifest_hash=lineup.rows.hash,
+        member=name,
+        model_sha=predictions.bag_sha(shas),
+        views=lineup.views,
+        extra={"members": lineup.names},
+    )
+
+
+def distance(lineup: Lineup, weights: Array, test: Manifest, enough: int = 600) -> Distance:
+    """Compare test with training images in the embedding of the member that weighs most.
+
+    One fold model after another speaks, until `enough` held-out rows were compared.
+    """
+    name = lineup.names[int(np.argmax(weights))]
+    parts, seen = [], 0
+    for slot in lineup.slots[name]:
+        held = lineup.rows.fold == slot.fold
+        if slot.seed != lineup.slots[name][0].seed or not held.any() or held.all():
+            continue
+        parts.append(measure(embed(slot, lineup.rows), held, embed(slot, test)))
+        seen += int(held.sum())
+        if seen >= enough:
+            break
+    return pooled(parts)
+
+
+def best_views(config: Any, manifest: Manifest, metric: Metric) -> str:
+    """Choose the view set whose OOF blends best, as `tta: auto` does.
+
+    Args:
+        config: the blend's flags.
+        manifest: the training data.
+        metric: what is looked at; ties go to fewer views.
+    """
+    sign = 1 if metric.higher_is_better else -1
+    scores = {}
+    for views in NESTED:
+        found = gather(config.competition, config.stage, config.members, manifest, views, config.mixed)
+        scores[views] = sign * metric.score(found.oof.mean(axis=0), found.rows.target)
+        log.info("views %s: OOF score of the plain mean %.4f", views, sign * scores[views])
+    return max(scores, key=lambda views: scores[views])
+
+
+def test_set(manifest: Manifest) -> Manifest | None:
     """Read the ``test.csv`` beside a manifest, if prepare wrote one."""
     from octofold.manifest import read
 
-    file = path or (manifest.file.parent / "test.csv" if manifest.file else None)
+    file = manifest.file.parent / "test.csv" if manifest.file else None
     return read(file) if file is not None and file.exists() else None

@@ -4,13 +4,13 @@ With weights that sum to one, ``||sum_m w_m P_m - Y||^2 = w' C w`` where ``C_ij 
 rows come down to an M x M matrix that adds up over chunks, folds and machines.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import nnls
 
-Array = npt.NDArray[np.floating]
+Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.bool_]
 CHUNK = 4096
 """Rows read at once: small enough to stay in the processor's cache with twenty members."""
@@ -32,7 +32,7 @@ class Gram(NamedTuple):
     rows: int
 
 
-def gram(members: Array, target: npt.NDArray[np.generic], rows: Rows | None = None) -> Gram:
+def gram(members: Array, target: Array, rows: Rows | None = None) -> Gram:
     """Sum the Gram matrix in one pass over the data, which may be a memmap.
 
     Args:
@@ -65,9 +65,7 @@ def gram(members: Array, target: npt.NDArray[np.generic], rows: Rows | None = No
     return Gram(residual, overlap, energy, seen)
 
 
-def chunk_of(
-    members: Array, target: npt.NDArray[np.generic], rows: Rows | None, start: int
-) -> tuple[Array, npt.NDArray[np.generic]]:
+def chunk_of(members: Array, target: Array, rows: Rows | None, start: int) -> tuple[Array, Array]:
     """Copy the wanted rows among ``start .. start + CHUNK`` as float32 members and their target."""
     window = slice(start, start + CHUNK)
     part, truth = np.array(members[:, window], dtype=np.float32), target[window]
@@ -108,7 +106,7 @@ def non_negative(table: Gram) -> Array:
     return normalised(raw)
 
 
-def log_loss(members: Array, target: npt.NDArray[np.generic], rows: Rows | None = None, steps: int = 50) -> Array:
+def log_loss(members: Array, target: Array, rows: Rows | None = None, steps: int = 50) -> Array:
     """Minimise the mean negative log of the weighted average's probability of the truth, on the simplex, exactly.
 
     Newton steps, each a simplex program on the Hessian, with backtracking. Only each member's probability of the

@@ -37,7 +37,9 @@ def climb(members: Array, target: Array, start: Array, metric: Metric, steps: in
     return solvers.normalised(weights)
 
 
-def search(members: Array, target: Array, metric: Metric, trials: int = 400, seed: int = 0) -> tuple[Array, list[float]]:
+def search(
+    members: Array, target: Array, metric: Metric, trials: int = 400, seed: int = 0
+) -> tuple[Array, list[float]]:
     """Random weights from Dirichlet distributions, then a bias per class in shrinking coordinate steps (original 000).
 
     Returns:
@@ -141,9 +143,7 @@ def influence(params: dict[str, Any], count: int, classes: int) -> Array:
     return solvers.normalised(own + rest[: 3 * count].reshape(3, count).sum(axis=0))
 
 
-def fit_experts(
-    members: Array, target: Array, fold: Array, weights: Array, metric: Metric, most: int = 3
-) -> Experts:
+def fit_experts(members: Array, target: Array, fold: Array, weights: Array, metric: Metric, most: int = 3) -> Experts:
     """Find the pairs a weighted average confuses most, and give each a gated expert where that helps across folds.
 
     An expert is a logistic model on the members' log-odds of the two classes. Margin and threshold are chosen on

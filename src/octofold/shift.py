@@ -1,0 +1,240 @@
+"""Shift: are the test images like the training images, and what does that do to the score?
+
+Random folds put near-identical photos on both sides, so their score says what happens to *more of the same*. Three
+views of the difference, none of which needs a test label: how well a classifier tells test from train, how far test
+images are from their nearest training image beside held-out ones, and how much less sure the models are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import minimize_scalar
+from scipy.special import ndtr, ndtri
+
+from octofold.combining import softmax
+from octofold.estimate import Interval
+
+Array = npt.NDArray[Any]
+
+SLOPE = 1.4
+"""How much faster accuracy falls than calibrated confidence, on the probit scale; see `docs/estimate.md`."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Test against train in a model's embedding.
+
+    Attributes:
+        auc: of a classifier that tells test rows from held-out training rows, cross-validated; 0.5 = exchangeable.
+        auc_error: its standard error.
+        nn_held: mean cosine similarity of held-out rows to their nearest row among those the model trained on.
+        nn_test: the same of test rows.
+        nearest: ``(T,)`` row (in the training features) nearest to each test row.
+    """
+
+    auc: float
+    auc_error: float
+    nn_held: float
+    nn_test: float
+    nearest: npt.NDArray[np.int64]
+
+    @property
+    def exchangeable(self) -> float:
+        """How far the AUC is from showing any difference: 1 = no sign of shift, 0 = certainly shifted."""
+        return float(np.clip(2 - (self.auc - 0.5) / max(self.auc_error, 1e-3) / 2, 0, 1))
+
+
+def measure(train: Array, held: Array, test: Array, seed: int = 0) -> Distance:
+    """Compare test with held-out rows, both as one fold model sees them.
+
+    Args:
+        train: ``(N, F)`` features of all training rows.
+        held: ``(N,)`` bool, the rows held out of this model. Rows it trained on look unlike any new row, so only
+            these are compared with the test rows.
+        test: ``(T, F)`` features.
+        seed: of the cross-validation.
+    """
+    base = train[~held]
+    centre = base.mean(axis=0)
+    keys, own, new = (_unit(part - centre) for part in (base, train[held], test))
+    similarity = new @ keys.T
+    auc, error = adversarial_auc(own, new, seed)
+    return Distance(
+        auc,
+        error,
+        float((own @ keys.T).max(axis=1).mean()),
+        float(similarity.max(axis=1).mean()),
+        np.flatnonzero(~held)[similarity.argmax(axis=1)],
+    )
+
+
+def pooled(parts: Sequence[Distance]) -> Distance:
+    """Average what several fold models see; `nearest` is the first one's."""
+
+    def mean(name: str) -> float:
+        return float(np.mean([getattr(part, name) for part in parts]))
+
+    # The test rows are the same in each part, so the errors are not independent: the mean error stands.
+    return Distance(mean("auc"), mean("auc_error"), mean("nn_held"), mean("nn_test"), parts[0].nearest)
+
+
+def adversarial_auc(one: Array, other: Array, seed: int = 0) -> tuple[float, float]:
+    """Cross-validated AUC of telling two sets of rows apart, and its standard error (Hanley and McNeil 1982)."""
+    from sklearn.decomposition import PCA
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    n, m = len(one), len(other)
+    if min(n, m) < 10:
+        return 0.5, 0.5
+    rows, label = np.concatenate([one, other]), np.r_[np.zeros(n, int), np.ones(m, int)]
+    width = min(50, rows.shape[1], len(rows) // 10 + 1)
+    model = make_pipeline(
+        PCA(width, random_state=seed), StandardScaler(), LogisticRegression(C=0.1, class_weight="balanced")
+    )
+    folds = StratifiedKFold(5, shuffle=True, random_state=seed)
+    auc = float(roc_auc_score(label, cross_val_predict(model, rows, label, cv=folds, method="decision_function")))
+    a, b = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    variance = (auc * (1 - auc) + (n - 1) * (b - auc**2) + (m - 1) * (a - auc**2)) / (n * m)
+    return auc, float(np.sqrt(max(variance, 1e-8)))
+
+
+def _unit(rows: Array) -> Array:
+    found: Array = rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-9)
+    return found
+
+
+def temperature(probs: Array, target: Array) -> float:
+    """The power that makes probabilities ``(N, K)`` best calibrated by log-loss (Guo et al. 2017)."""
+    logs = np.log(probs.astype(np.float64).clip(1e-9))
+    every = np.arange(len(target))
+
+    def loss(log_power: float) -> float:
+        return -float(np.log(softmax(logs * np.exp(log_power))[every, target].clip(1e-12)).mean())
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-2, 2), method="bounded").x))
+
+
+def tempered(probs: Array, power: float) -> Array:
+    """Raise probabilities to a power and renormalise rows."""
+    return softmax(np.log(probs.astype(np.float64).clip(1e-9)) * power)
+
+
+def atc(oof: Array, target: Array, test: Array) -> float:
+    """Average thresholded confidence: the share of test rows surer than the level that OOF accuracy sits at.
+
+    Garg et al. 2022, "Leveraging Unlabeled Data to Predict Out-of-Distribution Performance".
+
+    Args:
+        oof: ``(N, K)`` out-of-fold probabilities.
+        target: ``(N,)``.
+        test: ``(T, K)`` probabilities of **one** fold model (or blend of one fold's models): a bag of several is less
+            sure than each of them, and the level would not fit.
+    """
+    sure, level = _negative_entropy(oof), float((oof.argmax(axis=1) != target).mean())
+    return float((_negative_entropy(test) > np.quantile(sure, level)).mean())
+
+
+def _negative_entropy(probs: Array) -> Array:
+    return np.asarray((probs * np.log(probs.clip(1e-12))).sum(axis=1))
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What to expect on the actual test images.
+
+    Attributes:
+        accuracy: the estimate with its 95 % interval.
+        oof: the cross-fitted accuracy on the training folds.
+        parts: the figures it was made of, by name.
+        distance: test against train, or None without embeddings.
+        about: what the interval covers, in words.
+    """
+
+    accuracy: Interval
+    oof: float
+    parts: dict[str, float]
+    distance: Distance | None = None
+    about: list[str] = field(default_factory=list)
+
+    @property
+    def flatter(self) -> float:
+        """By how much the folds flatter."""
+        return self.oof - self.accuracy.value
+
+
+def foresee(
+    oof: Array, target: Array, test_by_fold: Sequence[Array], spread: float, distance: Distance | None = None
+) -> Outlook:
+    """Estimate accuracy on the test images themselves, from how sure the models are of them.
+
+    Args:
+        oof: ``(N, K)`` cross-fitted blended out-of-fold probabilities.
+        target: ``(N,)``.
+        test_by_fold: per fold, ``(T, K)`` the blend of that fold's models only: as many models as speak in `oof`.
+        spread: standard error of the cross-fitted accuracy (groups and seeds).
+        distance: from `measure`; where it shows no shift, the cross-fitted accuracy is the estimate.
+    """
+    accuracy = float((oof.argmax(axis=1) == target).mean())
+    power = temperature(oof, target)
+    sure = _level(tempered(oof, power).max(axis=1).mean())
+    test = np.concatenate([tempered(part, power).max(axis=1) for part in test_by_fold])
+    drop = _level(test.mean()) - sure
+    weight = 1.0 if distance is None else 1 - distance.exchangeable
+    centre = _level(accuracy) + SLOPE * drop * weight
+    value = float(ndtr(centre))
+    rows = len(test_by_fold[0])
+    # On the probit scale: the folds' own error, the finite test set, and what confidence cannot see of a shift.
+    density = float(np.exp(-(centre**2) / 2) / np.sqrt(2 * np.pi))
+    base = float(np.exp(-(_level(accuracy) ** 2) / 2) / np.sqrt(2 * np.pi))
+    own = spread / max(base, 1e-3)
+    finite = np.sqrt(value * (1 - value) / rows) / max(density, 1e-3)
+    blind = 0.05 + 0.25 * abs(SLOPE * drop) if weight > 0 else 0.0
+    reach = 1.96 * float(np.sqrt(own**2 + finite**2 + blind**2))
+    parts = {
+        "oof": accuracy,
+        "confidence": float(ndtr(_level(accuracy) + drop)),
+        "atc": float(np.mean([atc(oof, target, part) for part in test_by_fold])),
+        "temperature": 1 / power,
+    }
+    if distance is not None:
+        parts |= {
+            "adversarial_auc": distance.auc,
+            "nn_similarity_held_out": distance.nn_held,
+            "nn_similarity_test": distance.nn_test,
+        }
+    covers = ["sampling of groups", f"the {rows} test images", "shift that confidence does not show"]
+    bounds = Interval(value, float(ndtr(centre - reach)), float(ndtr(centre + reach)))
+    return Outlook(bounds, accuracy, parts, distance, covers)
+
+
+def _level(share: float) -> float:
+    return float(ndtri(np.clip(share, 0.005, 0.9995)))
+
+
+def expected_score(probs: Array, accuracy: float, score: Any, reps: int = 40, seed: int = 0) -> float:
+    """Any score on the test images, were their labels drawn from probabilities that fit an expected accuracy.
+
+    The probabilities are tempered until their mean maximum is `accuracy`; then labels are drawn and scored.
+
+    Args:
+        probs: ``(T, K)`` the submission's probabilities.
+        accuracy: from `foresee`.
+        score: ``score(probs, target) -> float``.
+        reps: draws.
+        seed: of the draws.
+    """
+
+    def gap(log_power: float) -> float:
+        return abs(float(tempered(probs, np.exp(log_power)).max(axis=1).mean()) - accuracy)
+
+    chance = tempered(probs, float(np.exp(minimize_scalar(gap, bounds=(-3, 3), method="bounded").x)))
+    steps, rng = chance.cumsum(axis=1), np.random.default_rng(seed)
+    draws = [(rng.random((len(probs), 1)) > steps).sum(axis=1).clip(0, probs.shape[1] - 1) for _ in range(reps)]
+    return float(np.mean([score(probs, draw) for draw in draws]))
