@@ -24,6 +24,7 @@ PARTS = {
     "tasks",
     "augment",
     "models",
+    "harden",
     "networks",
     "weights",
     "optim",

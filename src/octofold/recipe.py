@@ -1,5 +1,6 @@
 """The recipe: everything that says how a member is trained, and nothing about where or on what."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -33,6 +34,20 @@ class Model(Section):
     highpass: bool = Field(False, description="append a high-pass fourth channel inside the model (original 001)")
 
 
+class Easy(Section):
+    """Which training samples count as easy, for phases that treat them otherwise (`phases[].easy_augment`)."""
+
+    by: Literal["frequency", "accuracy", "confidence"] = Field(
+        "frequency",
+        description="frequency = the largest classes of the training folds (original 000); accuracy = the classes best"
+        " predicted out of fold; confidence = samples predicted right and surely out of fold (000's stage 4)",
+    )
+    count: int = Field(5, ge=1, description="frequency, accuracy: how many classes")
+    classes: list[str] = Field([], description="these classes, whatever `by` says")
+    quantile: float = Field(0.25, ge=0, lt=1, description="confidence: this share of least sure samples is not easy")
+    oof: Path | None = Field(None, description="accuracy, confidence: OOF Predictions file of an earlier member")
+
+
 class Augment(Section):
     """What training images go through; validation and test never do."""
 
@@ -41,6 +56,7 @@ class Augment(Section):
     mixup_prob: float = Field(0.0, ge=0, le=1, description="share of batches mixed up")
     cutmix_alpha: float = Field(0.0, ge=0, description="Beta(a, a) of cutmix; 0 = off")
     cutmix_prob: float = Field(0.0, ge=0, le=1, description="share of batches cut-mixed (exclusive with mixup)")
+    easy: Easy = Easy()
 
 
 class Optim(Section):
@@ -52,6 +68,7 @@ class Optim(Section):
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd only")
     clip_norm: float | None = Field(1.0, gt=0, description="largest gradient norm; null = no clipping")
     accumulate: int = Field(1, ge=1, description="batches per optimiser step")
+    amsgrad: bool = Field(False, description="adam, adamw: never forget the largest second moment (original 004)")
     layer_decay: float = Field(1.0, gt=0, le=1, description="learning-rate factor per block towards the input")
     sam_rho: float = Field(0.0, ge=0, description="radius of sharpness-aware minimisation; 0 = off (Foret et al. 2021)")
     sam_adaptive: bool = Field(False, description="ASAM's scale-aware radius")
@@ -65,7 +82,10 @@ class Loss(Section):
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each target spread over all classes")
     class_weights: bool = Field(False, description="weight classes by 1/frequency in the training folds")
-    weighted_sampler: bool = Field(False, description="draw classes evenly (with class_weights this balances twice)")
+    weighted_sampler: bool = Field(False, description="draw classes evenly")
+    balance_twice: bool = Field(
+        False, description="class_weights and weighted_sampler together: rare classes count squared (original 000)"
+    )
 
 
 class Average(Section):
@@ -91,7 +111,11 @@ class Phase(Section):
     step_factor: float = Field(0.8, gt=0, lt=1, description="step and plateau: learning-rate factor of a drop")
     patience: int = Field(3, ge=1, description="plateau: epochs without gain before a drop")
     augment: str | None = Field(None, description="augmentation preset here; null = augment.preset")
+    easy_augment: str | None = Field(None, description="preset for easy samples here (augment.easy); null = the same")
     optimizer: Literal["adamw", "adam", "sgd"] | None = Field(None, description="optimiser here; null = optim.name")
+    keep_start: bool = Field(
+        False, description="select best: the weights this phase begins with compete too (original 000's stage 4)"
+    )
 
 
 class Runtime(Section):
@@ -106,6 +130,8 @@ class Runtime(Section):
     workers: int | None = Field(None, ge=0, description="loader processes; null = chosen for the device")
     threads: int | None = Field(None, ge=1, description="torch threads; null = cores / concurrent jobs")
     checkpoint_s: float = Field(60.0, ge=0, description="seconds between checkpoints inside an epoch")
+    profile_steps: int = Field(0, ge=0, le=1000, description="torch.profiler over so many steps, after 10; 0 = off")
+    tensorboard: bool = Field(False, description="event files with weight and gradient histograms (tensorboard extra)")
 
 
 class Recipe(Section):
@@ -125,6 +151,12 @@ class Recipe(Section):
     )
     early_stop: int | None = Field(None, ge=1, description="epochs without gain before stopping; null = never")
     tta: str = Field("geo8", description="views the OOF is predicted with: none, flip, geo4, geo8, geo8_original")
+    classes: list[str] = Field(
+        [], description="train and validate on these classes' samples alone: a pair expert. OOF still covers all rows"
+    )
+    overfit: int = Field(
+        0, ge=0, description="train on this many batches and validate on the same: does it learn at all? 0 = off"
+    )
     folds: list[int] | None = Field(None, description="folds to train; null = all of the manifest's")
     seeds: list[int] = Field([0], min_length=1, description="seeds to train each fold with")
     runtime: Runtime = Runtime()
@@ -135,4 +167,22 @@ class Recipe(Section):
             raise ValueError("augment.mixup_prob + augment.cutmix_prob must be at most 1")
         if len({phase.name for phase in self.phases}) != len(self.phases):
             raise ValueError("phases must have different names")
+        if self.loss.class_weights and self.loss.weighted_sampler and not self.loss.balance_twice:
+            raise ValueError(
+                "loss.class_weights and loss.weighted_sampler together balance twice: rare classes count squared."
+                " Choose one, or ask again with loss.balance_twice: true"
+            )
         return self
+
+    def smells(self) -> list[str]:
+        """Say what is allowed here but seldom meant; train reports it."""
+        found = []
+        if self.loss.class_weights and self.loss.weighted_sampler:
+            found.append("classes are balanced twice (class_weights and weighted_sampler)")
+        if self.average.kind == "swa" and self.average.start_epoch >= sum(phase.epochs for phase in self.phases):
+            found.append(f"average.start_epoch {self.average.start_epoch} is after the last epoch: nothing is averaged")
+        if self.select == "best" and self.early_stop is None and sum(phase.epochs for phase in self.phases) > 1:
+            found.append("select: best chooses the epoch on the held-out fold, which flatters its OOF a little")
+        if self.overfit:
+            found.append("overfit: trained and validated on the same few samples; its scores mean nothing")
+        return found
