@@ -34,6 +34,8 @@ PARTS = {
     "studies",
     "trials",
     "journal",
+    "suspicion",
+    "evidence",
     "combining",
     "ensemble",
 }
