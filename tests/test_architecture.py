@@ -54,12 +54,15 @@ BETWEEN_WORKFLOWS = {  # the exceptions, each because one writes what the other 
     ("training", "inference"),
     ("training", "features"),
     ("review", "cleaning"),
+    ("sweep", "tuning"),  # a sweep is a study
+    ("sweep", "training"),  # over trainings
     ("estimate", "blending"),
     ("serving", "inference"),
     ("served", "inference"),
     ("shards", "inference"),  # a big job is inference cut into parts,
     ("results", "inference"),  # and what it leaves behind
     ("results", "shards"),
+    ("members", "promotion"),  # train --stage
 }
 
 

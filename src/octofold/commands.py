@@ -161,7 +161,9 @@ class Tune(Section):
     prune_p: float = Field(
         0.13, gt=0, lt=1, description="wilcoxon: one-sided p to stop at; n slots cannot go below 2^-n"
     )
-    confirm_seeds: int = Field(2, ge=0, description="fresh seeds on which winner and base recipe are compared; 0 = none")
+    confirm_seeds: int = Field(
+        2, ge=0, description="fresh seeds on which winner and base recipe are compared; 0 = none"
+    )
     seed: int = Field(0, ge=0, description="of the sampler")
     study: str = Field("", description="study name; the same name resumes. Empty = <competition>.<config name>")
     storage: str = Field(

@@ -168,6 +168,11 @@ def counted(study: Study) -> list[FrozenTrial]:
     ]
 
 
+def trained(study: Study) -> list[FrozenTrial]:
+    """Return the counted trials that trained their slots themselves, twins of earlier ones left out."""
+    return [trial for trial in counted(study) if "same_as" not in trial.user_attrs]
+
+
 def records(study: Study) -> list[Record]:
     """Return the finished trials, in order."""
     return [

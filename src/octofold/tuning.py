@@ -66,7 +66,7 @@ class Budget:
         """Return which limit is reached, or an empty text while there is room for another trial."""
         started = studies.counted(study)
         hours = sum(trial.duration.total_seconds() for trial in started if trial.duration) / 3600
-        slots = sum(len(trial.user_attrs.get("scores", {})) for trial in started if "same_as" not in trial.user_attrs)
+        slots = sum(len(trial.user_attrs.get("scores", {})) for trial in studies.trained(study))
         if self.trials is not None and len(started) >= self.trials:
             return f"{len(started)} trials"
         if self.hours is not None and hours >= self.hours:
