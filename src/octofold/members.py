@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from octofold import checkpoint, interrupt, manifest, plots, registry, tracking, training
+from octofold import checkpoint, interrupt, manifest, plots, promotion, registry, tracking, training
 from octofold.commands import Train
 from octofold.compute import Devices, device_setup
 from octofold.files import ROOT
@@ -40,6 +40,8 @@ def train(config: Train) -> dict[str, Any]:
     jobs = [(fold, seed) for seed in config.seeds for fold in folds]
     tags = _tags(recipe, table)
     devices = device_setup(recipe.runtime.device, recipe.runtime.threads)
+    for smell in recipe.smells():
+        log.warning("%s: %s", recipe.member, smell)
     for fold, seed in jobs:
         _check_unfinished(config, recipe, table, fold, seed)
     interrupt.clear([_member_folder(table, recipe), *(_folder(table, recipe, *job) for job in jobs)])
@@ -55,7 +57,9 @@ def train(config: Train) -> dict[str, Any]:
         metrics = _score(recipe, table, parts, parent)
         log_once(parent, metrics, 0)
         if config.stage:
-            registry.promote(table.competition, recipe.member, config.stage)
+            promotion.promote(
+                parent, table.competition, recipe.member, config.stage, manifest_hash=table.hash, all_folds=table.folds
+            )
     return {"run_id": parent.id, "member": recipe.member, "slots": versions, **metrics}
 
 
@@ -119,7 +123,10 @@ def _fill(
                 run.log_metrics(metrics, step=epoch)
 
         result = training.train_slot(recipe, table, fold, seed, folder, report, devices)
-        version = _register(run, result, fold, seed, tags["recipe_hash"])
+        for extra in ("profile", "tensorboard"):
+            if (folder / extra).is_dir():
+                run.log_artifacts(folder / extra, extra)
+        version = "" if recipe.overfit else _register(run, result, fold, seed, tags["recipe_hash"])
         if resume and parent.id != tracking.get_run(run.id).tags.get("mlflow.parentRunId"):
             run.set_tags({"mlflow.parentRunId": parent.id})
     # Last of all: while the folder stands, the slot counts as unfinished, and every step above bears repeating.
