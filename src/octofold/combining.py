@@ -147,7 +147,8 @@ def softmax(scores: Array) -> Array:
 
 
 def _rows_to_one(values: Array) -> Array:
-    return values / values.sum(axis=1, keepdims=True)
+    found: Array = values / values.sum(axis=1, keepdims=True)
+    return found
 
 
 RULES: dict[str, Callable[[Array, Blend], Array]] = {

@@ -71,7 +71,8 @@ def _wanted(test: Manifest, rows: dict[str, str]) -> tuple[list[str], list[str],
     if not sample:
         label = [f"{p}{s}" for p in test.classes for s in _suffixes(test)] if test.task == "keypoints" else ["label"]
         return list(rows), ["image", *label], test.file or "test manifest"
-    path = existing(str(sample), "the sample submission (CSV)", "run prepare again with --sample_submission")
+    beside = test.file.parent / str(sample) if test.file else Path(str(sample))
+    path = existing(beside, "the sample submission (CSV)", "run prepare again with --sample_submission")
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, sep=None, engine="python", encoding="utf-8-sig")
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, ValueError) as error:
