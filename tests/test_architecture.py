@@ -37,6 +37,13 @@ PARTS = {
     "suspicion",
     "evidence",
     "combining",
+    "solvers",
+    "stacking",
+    "blending",
+    "estimate",
+    "shift",
+    "verdict",
+    "submission",
     "ensemble",
 }
 HOME = {  # a heavy dependency and the one file that may say its name
@@ -56,7 +63,7 @@ BETWEEN_WORKFLOWS = {  # the exceptions, each because one writes what the other 
     ("review", "cleaning"),
     ("sweep", "tuning"),  # a sweep is a study
     ("sweep", "training"),  # over trainings
-    ("estimate", "blending"),
+    ("lineup", "inference"),  # a lineup is what a stage's models say, so it has to ask them
     ("serving", "inference"),
     ("served", "inference"),
     ("shards", "inference"),  # a big job is inference cut into parts,
