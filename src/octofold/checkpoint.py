@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from octofold.config import flatten
 from octofold.errors import UserError, preview
 from octofold.files import atomic, read_json, sha256_json, write_json
 from octofold.recipe import Recipe
@@ -28,10 +27,20 @@ ELSEWHERE = ("folds", "seeds", "member", "runtime", "tta")
 
 
 def settings_of(recipe: Recipe) -> dict[str, str]:
-    """Return ``{"recipe optim.lr": "0.001", …}``: every field of the recipe that decides the weights of a slot."""
-    fields = {name: value for name, value in flatten(recipe).items() if name.split(".")[0] not in ELSEWHERE}
-    known = Recipe.model_fields
-    return {f"recipe {name}": json.dumps(value) for name, value in fields.items() if name.split(".")[0] in known}
+    """Return ``{"recipe optim.lr": "0.01", …}``: the fields that decide a slot's weights and are not at their default.
+
+    Defaults are left out, so that a setting added later does not make every older training another one.
+    """
+    plain = recipe.model_dump(mode="json", exclude_defaults=True, include=set(Recipe.model_fields) - set(ELSEWHERE))
+    return {f"recipe {name}": json.dumps(value, sort_keys=True) for name, value in _leaves(plain, "")}
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{name}.{key}" if name else key)
+    elif name:
+        yield name, value
 
 
 def recipe_hash(recipe: Recipe) -> str:
@@ -61,7 +70,10 @@ def claim(folder: Path, now: dict[str, str]) -> None:
     """
     path = folder / "identity.json"
     if path.exists():
-        check_same(folder, read_json(path, "the identity of a training"), now)
+        then = read_json(path, "the identity of a training")
+        if (folder / "done.json").exists():  # trained, only not registered yet: new code changes nothing any more
+            now = {**now, **{name: then[name] for name in then if name.startswith(("code ", "library "))}}
+        check_same(folder, then, now)
     else:
         write_json(path, now)
 
@@ -84,7 +96,7 @@ def check_same(folder: Path, then: Mapping[str, str], now: Mapping[str, str]) ->
 
 
 def _short(value: str | None) -> str:
-    return "absent" if value is None else value if len(value) <= 24 else value[:12] + "…"
+    return "default" if value is None else value if len(value) <= 24 else value[:12] + "…"
 
 
 @dataclass
