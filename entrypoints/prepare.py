@@ -16,6 +16,7 @@ def run(config: Prepare) -> dict[str, object]:
     """Read, look, fold, write, log."""
     from octofold import importing, pictures, preparing, tracking
 
+    preparing.check(config)
     with tracking.run("prepare", config, config.competition, name=f"prepare {config.competition}") as run:
         source = importing.digits(config) if config.builtin == "digits" else config
         prepared = preparing.prepare(source)

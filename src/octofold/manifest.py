@@ -1,5 +1,6 @@
 """The manifest: the table of samples, with a hash that everything derived from it carries."""
 
+import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -109,8 +110,11 @@ class Manifest:
                 "hash": self.hash if "fold" in self.table else "",
             },
         )
+        text = self.table.to_csv(index=False, lineterminator="\n")
+        if "\r" in text:  # csv would leave it bare, and a reader would see a line's end
+            text = self.table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_ALL)
         with atomic(path) as temporary:
-            self.table.to_csv(temporary, index=False, lineterminator="\n")
+            temporary.write_bytes(text.encode())
         return path
 
 

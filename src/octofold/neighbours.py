@@ -24,11 +24,22 @@ def near_pairs(phash: npt.NDArray[np.uint64], tiny: npt.NDArray[np.uint8]) -> In
     Returns:
         ``(P, 2)`` pairs (i < j): hashes differ in at most 4 of 64 bits and the shrunken images by at most 10 of 255.
     """
-    found = [np.zeros((0, 2), np.int64)]
+    chain, leaders = _same(phash, tiny)
+    found = [chain]
     for first, bits in BANDS:
-        key = (phash >> np.uint64(first)) & np.uint64((1 << bits) - 1)
-        found.append(_close(_bucket_pairs(key), phash, tiny))
-    return np.unique(np.concatenate(found), axis=0)
+        key = (phash[leaders] >> np.uint64(first)) & np.uint64((1 << bits) - 1)
+        found.append(_close(leaders[_bucket_pairs(key)], phash, tiny))
+    return np.unique(np.sort(np.concatenate(found), axis=1), axis=0)
+
+
+def _same(phash: npt.NDArray[np.uint64], tiny: npt.NDArray[np.uint8]) -> tuple[Ints, Ints]:
+    """Chain images that look exactly alike (a thousand blank ones) in pairs; return those and one of each."""
+    rows = np.ascontiguousarray(np.concatenate([phash[:, None].view(np.uint8).reshape(len(phash), 8), tiny], axis=1))
+    key = rows.view(np.dtype((np.void, rows.shape[1]))).reshape(-1)
+    order = np.argsort(key, kind="stable")
+    same = key[order][1:] == key[order][:-1]
+    chain = np.stack([order[:-1][same], order[1:][same]], axis=1).astype(np.int64)
+    return chain, np.sort(order[np.r_[True, ~same]]) if len(order) else order
 
 
 def _bucket_pairs(key: npt.NDArray[np.uint64]) -> Ints:

@@ -86,6 +86,25 @@ def prepare(config: Prepare) -> Prepared:
     return Prepared(manifest, test, problems, looks_kept, pairs, _summary(manifest, test, problems, groups))
 
 
+def check(config: Prepare) -> None:
+    """Refuse what can be seen to be wrong before any work or run is begun.
+
+    Raises:
+        UserError: no images named, or a path that is not there.
+    """
+    if config.images is None and not config.builtin:
+        raise UserError(
+            "prepare", expected="--images FOLDER (with --labels CSV, or class folders), or --builtin digits"
+        )
+    if config.sample_submission is not None and config.test_images is None:
+        raise UserError("--sample_submission", expected="--test_images as well", got="none")
+    if config.task == "keypoints" and config.labels is None:
+        raise UserError("prepare", expected="--labels CSV with <point>_x, <point>_y columns", got="no --labels")
+    for name in ("images", "labels", "classes", "test_images", "sample_submission", "folds_file", "decisions"):
+        if (path := getattr(config, name)) is not None:
+            existing(path, f"what --{name} names")
+
+
 def read_source(config: Prepare) -> sources.Source:
     """The labelled images the flags name."""
     if config.images is None:
@@ -94,8 +113,6 @@ def read_source(config: Prepare) -> sources.Source:
         )
     if config.labels is not None:
         source = sources.from_csv(config.labels, config.images, config.image_column, config.label_column, config.task)
-    elif config.task == "keypoints":
-        raise UserError("prepare", expected="--labels CSV with <point>_x, <point>_y columns", got="no --labels")
     else:
         source = sources.from_class_folders(config.images)
     if config.classes is not None and config.task == "classify":
@@ -218,8 +235,6 @@ def read_test(
     """
     nothing = (np.zeros(0, np.uint64), np.zeros((0, 3), np.uint8))
     if config.test_images is None:
-        if config.sample_submission is not None:
-            raise UserError("--sample_submission", expected="--test_images as well", got="none")
         return None, nothing
     rows, info = sources.from_test(
         config.test_images,

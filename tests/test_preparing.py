@@ -1,0 +1,230 @@
+"""prepare, as a function on small made-up folders and as a whole command on the digits and the real photos."""
+
+import json
+from csv import QUOTE_ALL
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from conftest import House
+from octofold import manifest as manifests
+from octofold import preparing
+from octofold.commands import Prepare
+from octofold.errors import UserError
+from test_checks import scene
+from test_sources import ODD_NAMES, csv
+
+
+def photos(folder: Path, names: list[str], first: int = 0) -> Path:
+    """Different pictures under these names."""
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        scene(first + number, 32).save(folder / name)
+    return folder
+
+
+def config(tmp_path: Path, **more: object) -> Prepare:
+    return Prepare.model_validate(
+        {"competition": "c", "images": tmp_path / "p", "folds": 2, "out": tmp_path / "out"} | more
+    )
+
+
+def classes(tmp_path: Path, count: int = 8) -> Path:
+    """Class folders a and b with pictures."""
+    return photos(tmp_path / "p", [f"{'ab'[row % 2]}/{row}.png" for row in range(count)])
+
+
+def kinds(prepared: preparing.Prepared) -> dict[str, str]:
+    return dict(zip(prepared.problems["file"], prepared.problems["kind"], strict=True))
+
+
+def test_a_folder_of_classes_becomes_a_manifest(tmp_path: Path) -> None:
+    classes(tmp_path)
+    prepared = preparing.prepare(config(tmp_path))
+    paths = preparing.write(prepared, config(tmp_path))
+    again = manifests.read(paths["manifest"])
+    assert again.hash == prepared.manifest.hash
+    assert again.classes == ("a", "b")
+    assert json.loads(paths["classes"].read_text()) == ["a", "b"]
+    assert all(path.exists() for path in again.paths)
+    assert np.bincount(again.fold).tolist() == [4, 4]
+    assert kinds(prepared) == {}
+
+
+def test_moving_and_renaming_change_no_id_and_no_fold(tmp_path: Path) -> None:
+    classes(tmp_path)
+    before = preparing.prepare(config(tmp_path)).manifest
+    for path in (tmp_path / "p").rglob("*.png"):
+        path.rename(path.with_name(f"new {path.name}"))
+    (tmp_path / "p").rename(tmp_path / "elsewhere")
+    after = preparing.prepare(config(tmp_path, images=tmp_path / "elsewhere")).manifest
+    assert set(after.sample_ids) == set(before.sample_ids)
+    assert after.hash == before.hash
+
+
+def test_bad_images_are_left_out_by_name_and_odd_ones_kept(tmp_path: Path) -> None:
+    folder = classes(tmp_path)
+    scene(50, 32).convert("RGBA").save(folder / "a" / "alpha.png")
+    (folder / "a" / "empty.png").touch()
+    (folder / "b" / "cut.png").write_bytes((folder / "b" / "1.png").read_bytes()[:200])
+    (folder / "b" / "text.jpg").write_text("no image")
+    (folder / "a" / "copy.png").write_bytes((folder / "a" / "0.png").read_bytes())
+    (folder / "b" / "other.png").write_bytes((folder / "a" / "2.png").read_bytes())
+    prepared = preparing.prepare(config(tmp_path))
+    assert kinds(prepared) == {
+        "a/alpha.png": "alpha", "a/empty.png": "unreadable", "b/cut.png": "unreadable", "b/text.jpg": "unreadable",
+        "a/copy.png": "copy", "b/other.png": "two labels", "a/2.png": "two labels",
+    }  # fmt: skip
+    kept = set(prepared.manifest.table["path"])
+    assert "a/alpha.png" in kept
+    assert kept.isdisjoint({"a/empty.png", "b/cut.png", "b/text.jpg", "a/copy.png", "b/other.png", "a/2.png"})
+    with pytest.raises(UserError, match="2.png"):
+        preparing.prepare(config(tmp_path, conflicts="refuse"))
+
+
+def test_nothing_readable_is_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "p" / name).mkdir(parents=True)
+        (tmp_path / "p" / name / "x.png").touch()
+    with pytest.raises(UserError, match="readable images"):
+        preparing.prepare(config(tmp_path))
+
+
+def test_odd_names_survive_the_whole_way(tmp_path: Path) -> None:
+    names = [*ODD_NAMES, "carriage\rreturn.png", " lead.png"]
+    photos(tmp_path / "p", names)
+    table = pd.DataFrame({"image": names, "label": ["x", "y"] * (len(names) // 2)})
+    table.to_csv(tmp_path / "l.csv", index=False, quoting=QUOTE_ALL)
+    prepared = preparing.prepare(config(tmp_path, labels=tmp_path / "l.csv"))
+    again = manifests.read(preparing.write(prepared, config(tmp_path))["manifest"])
+    assert sorted(again.table["path"]) == sorted(names)
+    assert all(path.is_file() for path in again.paths)
+
+
+def test_groups_by_column_and_by_near_duplicates(tmp_path: Path) -> None:
+    names = [f"{row}.png" for row in range(12)]
+    photos(tmp_path / "p", names)
+    for row in range(6):  # near-copies
+        scene(row, 32).point(lambda value: min(255, value + 3)).save(tmp_path / "p" / f"{row}n.png")
+    rows = [(name, "xy"[row % 2], f"s{row % 4}") for row, name in enumerate(names)]
+    rows += [(f"{row}n.png", "xy"[row % 2], f"s{row % 4}") for row in range(6)]
+    pd.DataFrame(rows, columns=["image", "label", "session"]).to_csv(tmp_path / "l.csv", index=False)
+    by_column = preparing.prepare(config(tmp_path, labels=tmp_path / "l.csv", group="session")).manifest
+    assert by_column.table.groupby("session")["fold"].nunique().max() == 1
+    auto = preparing.prepare(config(tmp_path, labels=tmp_path / "l.csv", group="auto"))
+    assert (
+        auto.manifest.table.assign(stem=auto.manifest.table["path"].str.strip("n.pg"))
+        .groupby("stem")["fold"]
+        .nunique()
+        .max()
+        == 1
+    )
+    assert auto.summary["groups"] == 12
+    with pytest.raises(UserError, match="--group"):
+        preparing.prepare(config(tmp_path, labels=tmp_path / "l.csv", group="nosuch"))
+
+
+def test_a_folds_file_is_honoured_and_checked(tmp_path: Path) -> None:
+    names = [f"{row}.png" for row in range(6)]
+    photos(tmp_path / "p", names)
+    rows = pd.DataFrame({"image": names, "label": ["x", "y"] * 3, "fold": [0, 1, 2, 2, 1, 0], "site": list("aabbcc")})
+    rows.drop(columns="fold").to_csv(tmp_path / "l.csv", index=False)
+    rows.drop(columns="site").to_csv(tmp_path / "f.csv", index=False)
+    flags = {"labels": tmp_path / "l.csv", "folds_file": tmp_path / "f.csv"}
+    made = preparing.prepare(config(tmp_path, group="none", **flags)).manifest.table
+    assert dict(zip(made["path"], made["fold"], strict=True)) == dict(zip(names, rows["fold"], strict=True))
+    with pytest.raises(UserError, match="a, c"):
+        preparing.prepare(config(tmp_path, group="site", **flags))
+    rows.assign(label="x").to_csv(tmp_path / "f.csv", index=False)
+    with pytest.raises(UserError, match="1.png"):
+        preparing.prepare(config(tmp_path, group="none", **flags))
+
+
+def test_the_test_set(tmp_path: Path) -> None:
+    classes(tmp_path)
+    folder = photos(tmp_path / "t", ["x.png", "y.png", "unasked.png"], 70)
+    (folder / "twin of x.png").write_bytes((folder / "x.png").read_bytes())
+    (folder / "known.png").write_bytes((tmp_path / "p" / "a" / "0.png").read_bytes())
+    sample = csv(tmp_path / "s.csv", "image,label\ny.png,a\ntwin of x.png,a\nx.png,a\nknown.png,a\n")
+    flags = config(tmp_path, test_images=folder, sample_submission=sample)
+    prepared = preparing.prepare(flags)
+    test = manifests.read(preparing.write(prepared, flags)["test"])
+    assert [json.loads(names) for names in test.table["names"]] == [
+        ["y.png"],
+        ["twin of x.png", "x.png"],
+        ["known.png"],
+    ]
+    assert not test.is_labelled
+    assert test.info["sample_submission"] == "sample_submission.csv"
+    assert (tmp_path / "out" / "sample_submission.csv").read_text() == sample.read_text()
+    assert kinds(prepared) == {"a/0.png": "copy in test", "x.png": "copy"}
+    (folder / "y.png").touch()
+    (folder / "y.png").write_bytes(b"")
+    with pytest.raises(UserError, match="y.png: an empty file"):
+        preparing.prepare(flags)
+    assert (
+        preparing.prepare(config(tmp_path, test_images=photos(tmp_path / "u", ["1.png"]))).summary["test_samples"] == 1
+    )
+
+
+def test_keypoints(tmp_path: Path) -> None:
+    photos(tmp_path / "p", ["a.png", "b.png", "c.png"])
+    labels = csv(tmp_path / "l.csv", "image,n_x,n_y,e_x,e_y\na.png,1,2,,\nb.png,3,4,5,6\nc.png,0,0,1.5,1\n")
+    prepared = preparing.prepare(config(tmp_path, labels=labels, task="keypoints"))
+    again = manifests.read(preparing.write(prepared, config(tmp_path))["manifest"])
+    assert again.classes == ("n", "e")
+    assert again.target.shape == (3, 2, 2)
+    assert np.isnan(again.target[0, 1]).all()
+    assert again.target[1].tolist() == [[3, 4], [5, 6]]
+
+
+def test_command_on_digits(house: House) -> None:
+    result = house.run("prepare", "--competition", "digits", "--builtin", "digits").result
+    train, test = manifests.read(result["manifest"]), manifests.read(result["test"])
+    assert (len(train.table), len(test.table)) == (1437, 360)
+    assert train.classes == tuple("0123456789")
+    truth = pd.read_csv(house.home / "data" / "digits" / "test_truth.csv")
+    sample = pd.read_csv(house.home / "data" / "digits" / "sample_submission.csv")
+    assert truth["image"].tolist() == sample["image"].tolist()
+    assert set(train.sample_ids).isdisjoint(test.sample_ids)
+    assert result["manifest_hash"] == train.hash
+    pictures = {path.name for path in (house.home / "mlruns").rglob("report/*.png")}
+    assert {"counts.png", "sizes.png", "classes-0.png", "darkest.png"} <= pictures
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--competition", "c"], "--images FOLDER"),
+        (["--competition", "c", "--images", "nowhere"], "nowhere"),
+        (["--competition", "../c", "--builtin", "digits"], "competition"),
+    ],
+)
+def test_commands_that_cannot_work(house: House, refuses: object, flags: list[str], words: str) -> None:
+    refuses(house.run("prepare", *flags), words)  # type: ignore[operator]
+    assert not (house.home / "data").exists()
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_command_on_real_photos(house: House, grocery15: Path) -> None:
+    result = house.run(
+        "prepare", "--competition", "grocery15", "--images", grocery15 / "train", "--labels", grocery15 / "train.csv",
+        "--test_images", grocery15 / "test", "--sample_submission", grocery15 / "sample_submission.csv",
+        "--group", "product", "--folds", 3,
+    ).result  # fmt: skip
+    train, test = manifests.read(result["manifest"]), manifests.read(result["test"])
+    assert (len(train.table), len(test.table), len(train.classes)) == (1407, 1226, 15)
+    assert train.table.groupby("product")["fold"].nunique().max() == 1
+    assert [json.loads(names)[0] for names in test.table["names"]][:2] == ["test_00000.jpg", "test_00001.jpg"]
+
+
+@pytest.mark.real
+def test_real_keypoints(tmp_path: Path, mousekp: Path) -> None:
+    flags = config(tmp_path, images=mousekp / "train", labels=mousekp / "train.csv", task="keypoints", folds=5)
+    manifest = preparing.prepare(flags).manifest
+    assert manifest.target.shape == (70, 17, 2)
+    assert 0 < np.isnan(manifest.target).mean() < 0.5
+    assert (manifest.table["width"].iat[0], manifest.table["height"].iat[0]) == (396, 406)
