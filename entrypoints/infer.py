@@ -15,31 +15,33 @@ from octofold.config import log, run_main
 
 def run(config: Infer) -> dict[str, object]:
     """Find the models, predict, write, log."""
-    from octofold import inference, results, shards, tracking
+    from octofold import inference, looks, results, shards, tracking
     from octofold.errors import known
     from octofold.files import ROOT
     from octofold.tta import VIEWS
 
     known("views", config.tta, VIEWS)
-    source = inference.find(config.images)
+    source = looks.find(config.images)
     crew = _crew(config, inference.pick_device(config.device))
+    how = inference.How(config.tta, config.batch_size, config.engine, config.precision, config.early_exit)
     competition = config.competition or crew.voices[0].card.competition
     with tracking.run("infer", config, competition, name=f"infer {crew.name}") as run:
-        result = shards.run(crew, source, config.tta, config.batch_size, config.precision, config.shards, config.shard)
+        agreement = {} if how.is_exact else inference.agreement(crew, source.items, how)
+        result = shards.run(crew, source, how, config.shards, config.shard)
         if result is None:
             return {"run_id": run.id, "shard": config.shard, "predictions": None}
         out = config.out or ROOT / "runs" / "infer" / run.id
-        paths = results.write(result, out)
+        paths = (results.write if how.is_exact else results.write_labels)(result, out)
         copied = results.sort_into(result, source, config.sort_into) if config.sort_into else 0
         for path in paths.values():
             run.log_artifact(path)
-        run.log_metrics({"infer/images": len(result.files), "infer/skipped": len(result.skipped)})
+        run.log_metrics({"infer/images": len(result.files), "infer/skipped": len(result.skipped), **agreement})
         skipped = [{"file": one.name, "reason": one.reason} for one in result.skipped]
         for one in result.skipped:
             log.warning("skipped %s: %s", one.name, one.reason)
         return {
             "run_id": run.id, **paths, "images": len(result.files), "skipped": skipped, "sorted": copied,
-            "models": [voice.name for voice in crew.voices], "views": config.tta,
+            "models": [voice.name for voice in crew.voices], "views": config.tta, **agreement,
         }  # fmt: skip
 
 

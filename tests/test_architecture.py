@@ -45,6 +45,7 @@ PARTS = {
     "verdict",
     "submission",
     "ensemble",
+    "looks",
 }
 HOME = {  # a heavy dependency and the one file that may say its name
     "mlflow": {"tracking", "served"},
@@ -61,6 +62,8 @@ BETWEEN_WORKFLOWS = {  # the exceptions, each because one writes what the other 
     ("training", "inference"),
     ("training", "features"),
     ("review", "cleaning"),
+    ("review", "desk"),  # the page without the web framework
+    ("desk", "cleaning"),
     ("sweep", "tuning"),  # a sweep is a study
     ("sweep", "training"),  # over trainings
     ("lineup", "inference"),  # a lineup is what a stage's models say, so it has to ask them

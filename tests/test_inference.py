@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from octofold import ensemble, inference, models, recipe, results, shards, tta
+from octofold import ensemble, inference, looks, models, recipe, results, shards, tta
 from octofold.errors import UserError
 from octofold.images import PixelSpec, load, square
+from octofold.inference import How
 
 CLASSES = ("red", "green", "blue")
 
@@ -104,7 +105,7 @@ def test_mirrored_points_need_a_swap_table(tmp_path: Path) -> None:
     checkpoint(tmp_path / "m", task="keypoints", classes=("a", "b"), swap=None)
     crew = ensemble.load(tmp_path / "m")
     with pytest.raises(UserError, match="swap table"):
-        next(inference.stream(crew, [], "geo8"))
+        next(inference.stream(crew, [], How("geo8")))
 
 
 def test_diverged_weights_are_named(tmp_path: Path) -> None:
@@ -120,9 +121,9 @@ def test_an_ensemble_is_the_mean_of_its_voices_and_matches_classes_by_name(tmp_p
     checkpoint(tmp_path / "m" / "a", 0)
     checkpoint(tmp_path / "m" / "b", 1, classes=CLASSES[::-1])
     crew = ensemble.load(tmp_path / "m")
-    items = inference.find(photos(tmp_path / "in")[0].parent).items
-    both = next(inference.stream(crew, items, "flip")).values
-    first, second = (next(inference.stream(ensemble.load(tmp_path / "m" / x), items, "flip")).values for x in "ab")
+    items = looks.find(photos(tmp_path / "in")[0].parent).items
+    both = next(inference.stream(crew, items, How("flip"))).values
+    first, second = (next(inference.stream(ensemble.load(tmp_path / "m" / x), items, How("flip"))).values for x in "ab")
     np.testing.assert_allclose(both, (first + second[:, ::-1]) / 2, atol=1e-6)
 
 
@@ -152,7 +153,7 @@ def test_ahead_is_in_order_and_looks_only_so_far() -> None:
         return item * 2
 
     results_seen = []
-    for count, value in enumerate(inference.ahead(work, iter(range(50)), depth=4, workers=2)):
+    for count, value in enumerate(looks.ahead(work, iter(range(50)), depth=4, workers=2)):
         results_seen.append(value)
         with lock:
             assert len(started) <= count + 6
@@ -175,26 +176,26 @@ def test_a_job_in_parts_equals_one_job_and_names_what_it_skipped(
     crew: ensemble.Ensemble, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "ROOT", tmp_path)
-    source = inference.find(folder)
-    whole = shards.run(crew, source, "geo4", progress=False)
+    source = looks.find(folder)
+    whole = shards.run(crew, source, How("geo4"), progress=False)
     assert whole is not None
     assert [one.name for one in whole.skipped] == ["cut.jpg", "empty.jpg", "text.png"]
     assert len(whole.files) == 8  # the copy is a file,
     assert len(whole.predictions.sample_ids) == 7  # but not another sample
-    assert shards.run(crew, source, "geo4", shards=3, shard=1, progress=False) is None
+    assert shards.run(crew, source, How("geo4"), shards=3, shard=1, progress=False) is None
     done = list((tmp_path / "mlruns").rglob("part-*.parquet"))
     stamp = done[0].stat().st_mtime_ns
-    assert shards.run(crew, source, "geo4", shards=3, shard=0, progress=False) is None
+    assert shards.run(crew, source, How("geo4"), shards=3, shard=0, progress=False) is None
     assert done[0].stat().st_mtime_ns == stamp
     calls: list[int] = []
     stream = inference.stream
 
-    def counted(*arguments: Any) -> Any:
+    def counted(*arguments: Any, **options: Any) -> Any:
         calls.append(len(arguments[1]))
-        return stream(*arguments)
+        return stream(*arguments, **options)
 
     monkeypatch.setattr(inference, "stream", counted)
-    parts = shards.run(crew, source, "geo4", shards=3, progress=False)
+    parts = shards.run(crew, source, How("geo4"), shards=3, progress=False)
     assert parts is not None
     assert len(calls) == 1  # only the missing third
     assert parts.files == whole.files
@@ -203,25 +204,25 @@ def test_a_job_in_parts_equals_one_job_and_names_what_it_skipped(
     )
     assert not list((tmp_path / "mlruns").rglob("part-*"))  # joined, then gone
     with pytest.raises(UserError, match="number in 0..2"):
-        shards.run(crew, source, "geo4", shards=3, shard=3, progress=False)
+        shards.run(crew, source, How("geo4"), shards=3, shard=3, progress=False)
 
 
 def test_nothing_readable_is_an_error(crew: ensemble.Ensemble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "ROOT", tmp_path)
     (tmp_path / "in").mkdir()
     with pytest.raises(UserError, match="images"):
-        inference.find(tmp_path / "in")
+        looks.find(tmp_path / "in")
     (tmp_path / "in" / "a.jpg").write_bytes(b"")
     with pytest.raises(UserError, match="at least one readable"):
-        shards.run(crew, inference.find(tmp_path / "in"), "none", progress=False)
+        shards.run(crew, looks.find(tmp_path / "in"), How("none"), progress=False)
 
 
 def test_results_by_file_and_sorted_copies(
     crew: ensemble.Ensemble, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "ROOT", tmp_path)
-    source = inference.find(folder)
-    result = shards.run(crew, source, "none", progress=False)
+    source = looks.find(folder)
+    result = shards.run(crew, source, How("none"), progress=False)
     assert result is not None
     paths = results.write(result, tmp_path / "out")
     lines = Path(paths["predictions_csv"]).read_text().splitlines()
@@ -261,8 +262,8 @@ def test_predict_manifest_is_each_voice_on_its_own(crew: ensemble.Ensemble, tmp_
     test = Manifest(table, "classify", CLASSES, "tiny", tmp_path / "in")
     found = inference.predict_manifest(crew, test, "flip", batch_size=3, progress=False)
     assert [list(sets) for sets in found] == [["none", "flip"]] * 2
-    items = inference.find(tmp_path / "in").items
-    bagged = np.concatenate([batch.values for batch in inference.stream(crew, items, "flip", 4)])
+    items = looks.find(tmp_path / "in").items
+    bagged = np.concatenate([batch.values for batch in inference.stream(crew, items, How("flip", 4))])
     np.testing.assert_allclose(np.mean([sets["flip"].values for sets in found], axis=0), bagged, atol=1e-6)
     paths[4].write_bytes(b"")
     with pytest.raises(UserError, match="photo 4"):

@@ -72,7 +72,14 @@ class Infer(Section):
     shard: int | None = Field(
         None, ge=0, description="make only this part (for several machines sharing mlruns/); null = all, then join"
     )
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 = labels may differ in close calls")
+    engine: Literal["auto", "eager", "channels_last", "compile", "openvino"] = Field(
+        "auto", description="how networks are run; auto = the fastest that gives eager's probabilities to 1e-5"
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 = faster, labels only, agreement stated")
+    early_exit: float = Field(
+        0.0, ge=0, le=1,
+        description="0 = off; 1 = leave an image once no view left can change its label; less = sooner. Labels only",
+    )  # fmt: skip
 
 
 class Evaluate(Section):

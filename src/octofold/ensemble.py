@@ -50,6 +50,12 @@ class Voice:
     forward: Any
 
     @property
+    def architecture(self) -> str:
+        """What speed depends on: the `model` section without its weights, and the number of outputs."""
+        model = self.card.recipe["model"]
+        return f"{model['name']} {self.spec.size} px {model['head']} {model['highpass']} {self.card.outputs}"
+
+    @property
     def name(self) -> str:
         """``member.f0.s0``."""
         return f"{self.card.member}.f{self.card.fold}.s{self.card.seed}"
@@ -67,6 +73,7 @@ class Ensemble:
         combine: members to one; None = the only member, or their plain mean.
         views: the views it was fitted with, or "" when any will do.
         about: the blend's description, where it is one.
+        equipped: the engine and precision asked for, once the voices have theirs.
     """
 
     voices: list[Voice]
@@ -76,6 +83,7 @@ class Ensemble:
     combine: Combine | None = None
     views: str = ""
     about: dict[str, Any] = field(default_factory=dict)
+    equipped: tuple[str, str] = ("", "")
 
     @property
     def task(self) -> str:

@@ -4,26 +4,23 @@ Each image is decoded once, a few ahead of the model in a thread; the views are 
 memory does not grow with the number of images.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from octofold import tta
+from octofold import engine, tta
 from octofold.ensemble import Ensemble, Voice
 from octofold.errors import UserError, known
-from octofold.files import existing, sha256_file
-from octofold.images import SUFFIXES, Frame, PixelSpec, find_images, load, square
-from octofold.manifest import ID_LENGTH, Manifest
-from octofold.manifest import read as read_manifest
+from octofold.images import Frame
+from octofold.looks import Item, Look, Skipped, ahead, items_of, look
+from octofold.manifest import Manifest
 from octofold.predictions import Predictions
 from octofold.tasks import make_task
 
@@ -32,8 +29,6 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
-T = TypeVar("T")
-U = TypeVar("U")
 
 
 def nested(views: str) -> dict[str, int]:
@@ -138,60 +133,6 @@ def to_pixels(points: Floats, frames: Sequence[Frame] | None) -> Floats:
     return np.stack([frame.to_pixels(rows) for frame, rows in zip(frames, points, strict=True)]).astype(np.float32)
 
 
-class Item(NamedTuple):
-    """An image to look at: its name for people, its file, and its id where a manifest gives one."""
-
-    name: str
-    path: Path
-    sample_id: str = ""
-
-
-@dataclass(frozen=True)
-class Source:
-    """What there is to predict: a folder, a single image, or a manifest's rows."""
-
-    items: list[Item]
-    where: Path
-    is_manifest: bool
-
-
-def find(images: Path | str) -> Source:
-    """List the images under a folder (recursively), of a manifest CSV, or the one image given.
-
-    Raises:
-        UserError: nothing there, or no image in it.
-    """
-    path = existing(images, "a folder of images, an image, or a manifest (CSV)")
-    if path.is_dir():
-        items = [Item(file.relative_to(path).as_posix(), file) for file in find_images(path)]
-        if not items:
-            raise UserError(path, expected=f"images ({', '.join(SUFFIXES)}) in it or below", got="none")
-        return Source(items, path, False)
-    if path.suffix.lower() == ".csv":
-        return Source(_items(read_manifest(path)), path, True)
-    return Source([Item(path.name, path)], path.parent, False)
-
-
-def _items(manifest: Manifest) -> list[Item]:
-    rows = zip(manifest.table["path"], manifest.paths, manifest.sample_ids, strict=True)
-    return [Item(str(name), path, str(sample_id)) for name, path, sample_id in rows]
-
-
-class Look(NamedTuple):
-    """A decoded image: one square and frame per distinct `PixelSpec`."""
-
-    item: Item
-    squares: dict[PixelSpec, Bytes]
-    frames: dict[PixelSpec, Frame]
-
-
-class Skipped(NamedTuple):
-    """An image that could not be read, and why."""
-
-    name: str
-    reason: str
-
-
 class Batch(NamedTuple):
     """A few images and what was said of them."""
 
@@ -200,66 +141,105 @@ class Batch(NamedTuple):
     skipped: list[Skipped]
 
 
-def look(item: Item, specs: Sequence[PixelSpec]) -> Look | Skipped:
-    """Decode one image for every spec; give it its content's id where it has none."""
-    try:
-        views = {spec: load(item.path, spec) for spec in specs}
-    except UserError as error:
-        return Skipped(item.name, str(error).partition("got:")[2].partition("\n")[0].strip() or str(error))
-    known_item = item if item.sample_id else item._replace(sample_id=sha256_file(item.path)[:ID_LENGTH])
-    squares = {spec: square(pixels, spec.size) for spec, (pixels, _) in views.items()}
-    return Look(known_item, squares, {spec: frame for spec, (_, frame) in views.items()})
+@dataclass(frozen=True)
+class How:
+    """How to look, beyond which models and images.
+
+    Attributes:
+        views: row of `tta.VIEWS`.
+        batch_size: images per pass.
+        engine: row of `engine.ENGINES`, or ``auto``.
+        precision: ``fp32``, exact; or ``bf16``, for labels only.
+        early_exit: 0 = every view of every image. 1 = an image is left as soon as no remaining view could change its
+            label; smaller values take that share of the provable lead to be enough. For labels only.
+    """
+
+    views: str = "geo8"
+    batch_size: int = 8
+    engine: str = "auto"
+    precision: str = "fp32"
+    early_exit: float = 0.0
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether probabilities come out, not just labels."""
+        return self.precision == "fp32" and not self.early_exit
 
 
-def ahead(function: Callable[[T], U], items: Iterable[T], depth: int, workers: int = 1) -> Iterator[U]:
-    """Map in order with at most `depth` results waiting, computed by threads while the caller works."""
-    waiting: deque[Future[U]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > depth:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def stream(
-    ensemble: Ensemble, items: Iterable[Item], views: str = "geo8", batch_size: int = 8, workers: int = 1
-) -> Iterator[Batch]:
+def stream(ensemble: Ensemble, items: Sequence[Item], how: How, total: int = 0) -> Iterator[Batch]:
     """Predict images as they come: decoded once each, a bounded number ahead, memory constant in their number.
 
     Args:
         ensemble: who speaks.
         items: the images; several may have the same content.
-        views: row of `tta.VIEWS`.
-        batch_size: images per pass.
-        workers: decoding threads.
+        how: views, batch size, engine.
+        total: images still to come after these too, if more than these: what an engine's making must pay for.
 
     Yields:
         Batches in order. Values are ``(B, K)`` probabilities or ``(B, P, 2)`` points in original pixels.
     """
     for voice in ensemble.voices:
-        voice.task.check_views(views)
+        voice.task.check_views(how.views)
     specs = ensemble.specs
-    looks = ahead(lambda item: look(item, specs), items, depth=2 * batch_size, workers=workers)
-    while some := list(islice(looks, batch_size)):
+    looks = ahead(lambda item: look(item, specs), items, depth=2 * how.batch_size, workers=_decoders(ensemble))
+    while some := list(islice(looks, how.batch_size)):
         seen = [one for one in some if isinstance(one, Look)]
         skipped = [one for one in some if isinstance(one, Skipped)]
-        values = predict_looks(ensemble, seen, views) if seen else np.zeros((0,), np.float32)
+        if seen:
+            equip(ensemble, seen, how, max(total, len(items)))
+        values = predict_looks(ensemble, seen, how.views, how.early_exit) if seen else np.zeros((0,), np.float32)
         yield Batch([one.item for one in seen], values, skipped)
 
 
-def predict_looks(ensemble: Ensemble, looks: Sequence[Look], views: str) -> Floats:
+def equip(ensemble: Ensemble, looks: Sequence[Look], how: How, total: int) -> None:
+    """Give every voice the fastest exact engine for a job of `total` images; the first batch measures and verifies."""
+    if ensemble.equipped == (how.engine, how.precision):
+        return
+    for voice in ensemble.voices:
+        images = _images(voice, looks)
+        forwards = total * len(tta.VIEWS[how.views])
+        voice.forward = engine.make(
+            voice.net, voice.architecture, images, voice.task.activate, forwards, how.engine, how.precision
+        )
+    ensemble.equipped = (how.engine, how.precision)
+
+
+def _images(voice: Voice, looks: Sequence[Look]) -> torch.Tensor:
+    """``(B, 3, S, S)`` uint8, channels last in memory, on the voice's device."""
+    squares = torch.from_numpy(np.stack([one.squares[voice.spec] for one in looks]))
+    return squares.to(next(voice.net.parameters()).device).permute(0, 3, 1, 2)
+
+
+def _decoders(ensemble: Ensemble) -> int:
+    """Decoding threads: one beside a CPU that is busy anyway, many before an accelerator."""
+    on_cpu = next(ensemble.voices[0].net.parameters()).device.type == "cpu"
+    return 1 if on_cpu else min(16, os.cpu_count() or 1)
+
+
+def predict_looks(ensemble: Ensemble, looks: Sequence[Look], views: str, early_exit: float = 0.0) -> Floats:
     """Predict a few decoded images: every voice in every view, then bagged and combined.
 
     Returns:
-        ``(B, K)`` probabilities or ``(B, P, 2)`` points in original pixels, float32.
+        ``(B, K)`` probabilities or ``(B, P, 2)`` points in original pixels, float32. With `early_exit`, whose meaning
+        is `How`'s, the mean over the views that were looked at: its largest column is all it is good for.
     """
-    return ensemble.speak([said[views] for said in say(ensemble, looks, views)])
+    if not early_exit:
+        return ensemble.speak([said[views] for said in say(ensemble, looks, views)])
+    rows, found = np.arange(len(looks)), np.zeros((len(looks), len(ensemble.classes)), np.float32)
+    images = [_images(voice, looks) for voice in ensemble.voices]
+    sums = [np.zeros(found.shape) for _ in images]
+    for count, view in enumerate(tta.VIEWS[views], start=1):
+        for voice, own, total in zip(ensemble.voices, images, sums, strict=True):
+            with torch.inference_mode():
+                turned = tta.apply(own[rows], view).contiguous(memory_format=torch.channels_last)
+                total[rows] += voice.task.activate(voice.forward(turned)).cpu().numpy()
+        found[rows] = ensemble.speak([(total[rows] / count).astype(np.float32) for total in sums])
+        best = np.sort(found[rows], axis=1)
+        lead = count * (best[:, -1] - best[:, -2]) if found.shape[1] > 1 else np.full(len(rows), np.inf)
+        rows = rows[lead < early_exit * (len(tta.VIEWS[views]) - count)]
+        if not len(rows):
+            break
+    return found
 
 
 def say(ensemble: Ensemble, looks: Sequence[Look], views: str) -> list[dict[str, Floats]]:
@@ -269,12 +249,9 @@ def say(ensemble: Ensemble, looks: Sequence[Look], views: str) -> list[dict[str,
         Per voice, for each view set nested in `views`: ``(B, K)`` probabilities in the order of the voice's own
         classes, or ``(B, P, 2)`` points in original pixels.
     """
-    stacked = {spec: np.stack([one.squares[spec] for one in looks]) for spec in ensemble.specs}
     said = []
     for voice in ensemble.voices:
-        device = next(voice.net.parameters()).device
-        images = torch.from_numpy(stacked[voice.spec]).to(device).permute(0, 3, 1, 2)
-        values = predict_views(voice.forward, voice.task, images, views)
+        values = predict_views(voice.forward, voice.task, _images(voice, looks), views)
         if ensemble.task == "keypoints":
             frames = [one.frames[voice.spec] for one in looks]
             values = {name: to_pixels(points, frames) for name, points in values.items()}
@@ -283,7 +260,12 @@ def say(ensemble: Ensemble, looks: Sequence[Look], views: str) -> list[dict[str,
 
 
 def predict_manifest(
-    ensemble: Ensemble, manifest: Manifest, views: str = "geo8", batch_size: int = 8, progress: bool = True
+    ensemble: Ensemble,
+    manifest: Manifest,
+    views: str = "geo8",
+    batch_size: int = 8,
+    progress: bool = True,
+    engine: str = "auto",
 ) -> list[dict[str, Predictions]]:
     """Predict every row of a manifest by every voice on its own: what a blend bags and weighs.
 
@@ -297,15 +279,17 @@ def predict_manifest(
     """
     for voice in ensemble.voices:
         voice.task.check_views(views)
-    items = _items(manifest)
+    items, how = items_of(manifest), How(views, batch_size, engine)
     parts: list[dict[str, list[Floats]]] = [{name: [] for name in nested(views)} for _ in ensemble.voices]
-    looks = ahead(lambda item: look(item, ensemble.specs), items, depth=2 * batch_size)
+    looks = ahead(lambda item: look(item, ensemble.specs), items, depth=2 * batch_size, workers=_decoders(ensemble))
     with tqdm(total=len(items), unit="img", disable=not progress, mininterval=1) as bar:
         while some := list(islice(looks, batch_size)):
             if lost := [one for one in some if isinstance(one, Skipped)]:
                 where = f"{manifest.images}/{lost[0].name}"
                 raise UserError(where, expected="a readable image", got=lost[0].reason, fix="run prepare again")
-            said = say(ensemble, [one for one in some if isinstance(one, Look)], views)
+            seen = [one for one in some if isinstance(one, Look)]
+            equip(ensemble, seen, how, len(items))
+            said = say(ensemble, seen, views)
             for kept, values in zip(parts, said, strict=True):
                 for name in kept:
                     kept[name].append(values[name])
@@ -323,6 +307,34 @@ def _signed(voice: Voice, manifest: Manifest, values: Floats, views: str) -> Pre
         manifest.sample_ids, values, tuple(card.classes), card.manifest_hash, card.member, card.model_sha, views,
         seed=card.seed, extra={"fold_model": card.fold},
     )  # fmt: skip
+
+
+def agreement(ensemble: Ensemble, items: Sequence[Item], how: How, rows: int = 64) -> dict[str, float]:
+    """Measure what a fast way costs: its labels on the first images against float32 in every view.
+
+    Returns:
+        ``agreement/labels`` (share of equal labels), ``agreement/change`` (largest change of a probability) and
+        ``agreement/images`` (how many were compared).
+
+    Raises:
+        UserError: points have no labels to agree on, or not one image is readable.
+    """
+    if ensemble.task == "keypoints":
+        raise UserError(
+            "--precision, --early_exit", expected="a classifier", got="a model of points", fix="leave them out"
+        )
+    plain, fast = (
+        [batch.values for batch in stream(ensemble, items[:rows], one) if len(batch.items)]
+        for one in (How(how.views, how.batch_size), how)
+    )
+    if not plain:
+        return {"agreement/images": 0.0}
+    exact, quick = np.concatenate(plain), np.concatenate(fast)
+    return {
+        "agreement/labels": float((exact.argmax(axis=1) == quick.argmax(axis=1)).mean()),
+        "agreement/change": float(np.abs(exact - quick).max()),
+        "agreement/images": float(len(exact)),
+    }
 
 
 def pick_device(name: str = "auto") -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from octofold.errors import UserError
 from octofold.files import atomic
-from octofold.inference import Source
+from octofold.looks import Source
 from octofold.shards import Result, rows
 
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
@@ -40,6 +40,14 @@ def write(result: Result, folder: Path) -> dict[str, str]:
         _write_csv(folder / "skipped.csv", ["file", "reason"], result.skipped)
         paths["skipped_csv"] = str(folder / "skipped.csv")
     return paths
+
+
+def write_labels(result: Result, folder: Path) -> dict[str, str]:
+    """Write ``labels.csv``, a row per file: what remains of a fast job, whose probabilities are not to be blended."""
+    said = result.predictions
+    lines = ([name, one, said.classes[values.argmax()]] for name, one, values in rows(result))
+    _write_csv(folder / "labels.csv", ["file", "sample_id", "predicted"], lines)
+    return {"labels": str(folder / "labels.csv")}
 
 
 def sort_into(result: Result, source: Source, folder: Path) -> int:

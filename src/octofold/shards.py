@@ -19,7 +19,8 @@ from octofold import inference
 from octofold.ensemble import Ensemble
 from octofold.errors import UserError, preview
 from octofold.files import ROOT, sha256_json
-from octofold.inference import Item, Skipped, Source
+from octofold.inference import How
+from octofold.looks import Item, Skipped, Source
 from octofold.predictions import Predictions
 
 ROWS = 2048  # images a part when the number of shards is left to us: a minute or two of work on two cores
@@ -43,9 +44,7 @@ class Result:
 def run(
     ensemble: Ensemble,
     source: Source,
-    views: str,
-    batch_size: int = 8,
-    precision: str = "fp32",
+    how: How,
     shards: int = 0,
     shard: int | None = None,
     progress: bool = True,
@@ -55,9 +54,7 @@ def run(
     Args:
         ensemble: who speaks.
         source: what to look at.
-        views: row of `tta.VIEWS`.
-        batch_size: images per pass.
-        precision: only names the job here; the ensemble's engines already have it.
+        how: views, batch size, engine, precision.
         shards: how many parts; 0 = one per 2048 images.
         shard: make only this one (0-based); None = all, then join.
         progress: a bar on stderr.
@@ -71,7 +68,7 @@ def run(
     parts = _cut(source.items, shards)
     if shard is not None and not 0 <= shard < len(parts):
         raise UserError("--shard", expected=f"a number in 0..{len(parts) - 1}", got=str(shard))
-    work = ROOT / "mlruns" / "work" / "infer" / _key(ensemble, source, views, precision, len(parts))
+    work = ROOT / "mlruns" / "work" / "infer" / _key(ensemble, source, how, len(parts))
     wanted = [shard] if shard is not None else list(range(len(parts)))
     done = sum(len(parts[place]) for place in wanted if _file(work, place).exists())
     with tqdm(
@@ -79,9 +76,7 @@ def run(
     ) as bar:
         for place in wanted:
             if not _file(work, place).exists():
-                _one(ensemble, parts[place], views, batch_size, bar, extra={"precision": precision}).save(
-                    _file(work, place)
-                )
+                _one(ensemble, parts[place], how, bar).save(_file(work, place))
     if any(not _file(work, place).exists() for place in range(len(parts))):
         return None
     result = _join([Predictions.load(_file(work, place)) for place in range(len(parts))], source)
@@ -99,23 +94,22 @@ def _file(work: Path, place: int) -> Path:
     return work / f"part-{place:05d}.parquet"
 
 
-def _key(ensemble: Ensemble, source: Source, views: str, precision: str, parts: int) -> str:
+def _key(ensemble: Ensemble, source: Source, how: How, parts: int) -> str:
     files = []
     for item in source.items:
         stat = os.stat(item.path) if item.path.exists() else None
         files.append([item.name, item.sample_id, str(item.path), *((stat.st_size, stat.st_mtime_ns) if stat else ())])
-    return sha256_json([ensemble.model_sha, ensemble.name, ensemble.about, views, precision, parts, files])[:20]
+    settings = (how.views, how.precision, how.early_exit)  # not the engine: every exact one gives the same
+    return sha256_json([ensemble.model_sha, ensemble.name, ensemble.about, *settings, parts, files])[:20]
 
 
-def _one(
-    ensemble: Ensemble, items: Sequence[Item], views: str, batch_size: int, bar: "tqdm[Any]", extra: dict[str, str]
-) -> Predictions:
+def _one(ensemble: Ensemble, items: Sequence[Item], how: How, bar: "tqdm[Any]") -> Predictions:
     """Predict one part; its file names and failures travel in `extra` until the parts are joined."""
     ids: dict[str, None] = {}
     rows: list[inference.Floats] = []
     files: list[tuple[str, str]] = []
     skipped: list[Skipped] = []
-    for batch in inference.stream(ensemble, items, views, batch_size):
+    for batch in inference.stream(ensemble, items, how, total=int((bar.total or 0) - bar.n)):
         fresh = []
         for place, item in enumerate(batch.items):
             files.append((item.name, item.sample_id))
@@ -134,9 +128,9 @@ def _one(
         manifest_hash=ensemble.manifest_hash,
         member=ensemble.name,
         model_sha=ensemble.model_sha,
-        views=views,
+        views=how.views,
         seed=ensemble.seed,
-        extra={**extra, "files": files, "skipped": skipped},
+        extra={"precision": how.precision, "early_exit": how.early_exit, "files": files, "skipped": skipped},
     )
 
 
