@@ -11,7 +11,7 @@ PACKAGE = REPOSITORY / "src" / "octofold"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
 FOUNDATION = {"errors", "files", "config", "store", "outage", "provenance", "spool"}
-LEAVES = {"recipe", "commands", "metrics", "tta", "tracking", "compute", "plots"}
+LEAVES = {"recipe", "commands", "metrics", "tta", "tracking", "compute", "plots", "profiling"}
 PARTS = {
     "versions",
     "registry",

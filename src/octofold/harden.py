@@ -69,6 +69,20 @@ def easy_rows(
     return found
 
 
+def wanted_rows(wanted: Sequence[str], target: npt.NDArray[Any], classes: Sequence[str]) -> Mask:
+    """Mark the rows a recipe trains on: all, or those of the classes it names (a pair expert), ``(N,)`` bool.
+
+    Raises:
+        UserError: an unknown class, or keypoints.
+    """
+    if not wanted:
+        return np.ones(len(target), dtype=np.bool_)
+    unknown = sorted(set(wanted) - set(classes))
+    if unknown or target.ndim != 1 or len(set(wanted)) < 2:
+        raise UserError("classes", expected=f"two or more of {preview(classes, 12)}", got=preview(wanted))
+    return np.isin(target, [list(classes).index(name) for name in wanted])
+
+
 def _oof(easy: Easy, classes: Sequence[str], sample_ids: npt.NDArray[np.str_]) -> npt.NDArray[np.float32]:
     if easy.oof is None:
         raise UserError(

@@ -96,7 +96,7 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], optim: Optim) -> tor
     if name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.momentum > 0, fused=fused)
     kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
-    return kind(groups, lr=optim.lr, fused=fused)
+    return kind(groups, lr=optim.lr, amsgrad=optim.amsgrad, fused=fused)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

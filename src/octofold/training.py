@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from octofold import checkpoint, models, optim
+from octofold import checkpoint, harden, models, optim, profiling
 from octofold.batches import Batches, Features, MicroBatch, Order, Pixels, seed_of
 from octofold.compute import Devices, device_setup
 from octofold.errors import UserError
@@ -96,13 +96,28 @@ class Job:
 
     @property
     def train_rows(self) -> npt.NDArray[np.int64]:
-        """Rows of the training folds."""
-        return np.flatnonzero(self.manifest.fold != self.fold)
+        """Rows trained on: the training folds', as far as the recipe wants them."""
+        rows = np.flatnonzero(self._wanted & (self.manifest.fold != self.fold))
+        few = self.recipe.overfit * self.recipe.batch_size
+        return np.sort(np.random.default_rng(self.seed).permutation(rows)[:few]) if few else rows
 
     @property
     def valid_rows(self) -> npt.NDArray[np.int64]:
-        """Rows of the held-out fold."""
-        return np.flatnonzero(self.manifest.fold == self.fold)
+        """Rows validated on: the held-out fold's, as far as wanted; when overfitting, the very rows trained on."""
+        return self.train_rows if self.recipe.overfit else np.flatnonzero(self._wanted & self._held_out)
+
+    @property
+    def held_out_rows(self) -> npt.NDArray[np.int64]:
+        """Rows predicted out of fold: all of the held-out fold."""
+        return np.flatnonzero(self._held_out)
+
+    @property
+    def _held_out(self) -> npt.NDArray[np.bool_]:
+        return np.asarray(self.manifest.fold == self.fold)
+
+    @property
+    def _wanted(self) -> npt.NDArray[np.bool_]:
+        return harden.wanted_rows(self.recipe.classes, self.target, self.manifest.classes)
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -162,21 +177,28 @@ def train_slot(
         return read_result(folder)
     job = _open(recipe, manifest, fold, seed, folder, devices or _devices(recipe))
     now, clock = job.progress, checkpoint.Clock(recipe.runtime.checkpoint_s)
-    with StopRequest(folder, folder.parent) as stop:
+    traced = profiling.profile(recipe.runtime.profile_steps, folder / "profile")
+    watched = profiling.events(recipe.runtime.tensorboard, folder / "tensorboard")
+    with StopRequest(folder, folder.parent) as stop, traced as tick, watched as write_events:
         for number, phase in enumerate(recipe.phases):
             if number < now.phase or _is_over(job):
                 continue
             part = _enter(job, number, phase)
+            if phase.keep_start and now.epoch == now.step == 0:
+                _keep_best(job, _validate(job, part.features)[f"valid/{job.metric}"], len(now.history) - 1)
+                _set_mode(job, phase.train == "head")
             while now.epoch < phase.epochs and not _is_over(job):
                 for batch in part.batches.stream(number, now.epoch, now.step):
                     optim.set_lr(part.optimizer, _rate(job, part, now.epoch * part.batches.order.steps + now.step))
                     now.losses.append(_update(job, part, batch))
+                    tick()
                     now.step += 1
                     if (asked := stop.is_set()) or clock.is_due():
                         _save(job, clock, part)
                     if asked:
                         raise KeyboardInterrupt
                 metrics = _finish_epoch(job, part)
+                write_events(job.net, metrics, len(now.history) - 1)
                 now.epoch, now.step, now.losses = now.epoch + 1, 0, []
                 report(len(now.history) - 1, metrics)
                 if clock.is_due():
@@ -282,6 +304,10 @@ def _open(recipe: Recipe, manifest: Manifest, fold: int, seed: int, folder: Path
     task = make_task(manifest.task, manifest.classes, manifest.info.get("swap"))
     task.check_views(recipe.tta)
     train = manifest.fold != fold
+    if not (harden.wanted_rows(recipe.classes, manifest.target, manifest.classes) & train).any():
+        raise UserError(
+            "classes", expected="training rows of these classes", got=f"none in fold {fold}'s training rows"
+        )
     if not train.any() or train.all():
         raise UserError(f"fold {fold}", expected="rows in it and rows outside it", got="one side is empty")
     torch.manual_seed(seed_of(seed))
@@ -352,8 +378,9 @@ def _enter(job: Job, number: int, phase: Phase) -> Part:
     recipe, head_only = job.recipe, phase.train == "head"
     for parameter in job.net.trunk_parameters():
         parameter.requires_grad_(not head_only)
-    preset = phase.augment or recipe.augment.preset
     train = job.train_rows
+    preset = harden.row_presets(phase, recipe.augment, job.target, train, job.manifest.classes, job.manifest.sample_ids)
+    preset = "none" if recipe.overfit else preset
     draw = None
     if recipe.loss.weighted_sampler and job.manifest.task == "classify":
         draw = sample_weights(job.target[train], len(job.manifest.classes))
@@ -416,7 +443,7 @@ def _set_mode(job: Job, head_only: bool) -> None:
         job.net.trunk.eval()
 
 
-def _features(job: Job, preset: str) -> npt.NDArray[np.float32] | None:
+def _features(job: Job, preset: str | list[str]) -> npt.NDArray[np.float32] | None:
     """Features of all rows, where they are the same in every epoch."""
     if preset != "none" or _mixes(job):
         return None
@@ -464,7 +491,7 @@ def _finish_epoch(job: Job, part: Part) -> dict[str, float]:
     averaged = recipe.average.kind == "ema" and bool(job.average.mean)
     with _weights(job, job.average.mean if averaged else None):
         row |= _validate(job, part.features)
-        _keep_best(job, row[f"valid/{job.metric}"])
+        _keep_best(job, row[f"valid/{job.metric}"], len(now.history))
     _set_mode(job, part.phase.train == "head")
     now.history.append(row)
     return {name: value for name, value in row.items() if isinstance(value, float)}
@@ -516,11 +543,11 @@ def _validate(job: Job, features: npt.NDArray[np.float32] | None) -> dict[str, f
     return metrics
 
 
-def _keep_best(job: Job, value: float) -> None:
+def _keep_best(job: Job, value: float, epoch: int) -> None:
     best, sign = job.progress.best, 1 if METRICS[job.metric].higher_is_better else -1
     if job.recipe.select == "last" or not best or sign * value > sign * best["value"]:
         weights = {name: tensor.detach().cpu().clone() for name, tensor in job.net.state_dict().items()}
-        job.progress.best = {"value": value, "epoch": len(job.progress.history), "weights": weights}
+        job.progress.best = {"value": value, "epoch": epoch, "weights": weights}
 
 
 def _save(job: Job, clock: checkpoint.Clock, part: Part | None) -> None:
@@ -578,11 +605,12 @@ def _finish(job: Job) -> SlotResult:
 
 def _oof_metrics(job: Job, oof: dict[str, Predictions]) -> dict[str, float]:
     """``oof/<metric>`` with the recipe's views, and ``oof.<views>/<metric>`` for each set nested in them."""
-    truth = job.target[job.valid_rows]
+    rows = np.flatnonzero(job._held_out & job._wanted)
+    truth, ids = job.target[rows], job.manifest.sample_ids[rows]
     metrics = {}
     for name in dict.fromkeys([job.metric, job.task.default_metric]):
         for views, predictions in oof.items():
-            metrics[f"oof.{views}/{name}"] = job.task.score(predictions.values, truth, name)
+            metrics[f"oof.{views}/{name}"] = job.task.score(predictions.take(ids).values, truth, name)
         metrics[f"oof/{name}"] = metrics[f"oof.{job.recipe.tta}/{name}"]
     return metrics
 
@@ -611,7 +639,7 @@ def _plain_batches(job: Job) -> Iterator[torch.Tensor]:
 
 
 def _predict_held_out(job: Job, card: models.ModelCard) -> dict[str, Predictions]:
-    rows = job.valid_rows
+    rows = job.held_out_rows
     squares = (
         np.stack([job.cache.square(int(row)) for row in rows[start : start + 8]]) for start in range(0, len(rows), 8)
     )
