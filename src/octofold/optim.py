@@ -148,7 +148,9 @@ class Sam:
 @contextmanager
 def frozen_statistics(net: nn.Module) -> Iterator[None]:
     """Leave BatchNorm's running statistics alone, while it still normalises by the batch: for SAM's second pass."""
-    norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [
+        module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+    ]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
