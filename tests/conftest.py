@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -75,18 +76,35 @@ class House:
         return Outcome(done.returncode, done.stdout, done.stderr)
 
 
-@pytest.fixture
-def house(tmp_path: Path) -> House:
-    """A fresh house whose path contains a space."""
-    home = tmp_path / "a house"
-    home.mkdir()
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ready and empty MLflow database to copy, because making one takes seconds."""
+    from octofold import tracking
+
+    file = tmp_path_factory.mktemp("store") / "mlruns" / "mlflow.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{file}")
+        tracking.client()
+    return file
+
+
+def furnish(home: Path, empty_store: Path) -> House:
+    """Put an empty store into a folder and make it a house."""
+    (home / "mlruns").mkdir(parents=True)
+    shutil.copy(empty_store, home / "mlruns" / "mlflow.db")
     return House(home)
 
 
+@pytest.fixture
+def house(tmp_path: Path, empty_store: Path) -> House:
+    """A fresh house whose path contains a space."""
+    return furnish(tmp_path / "a house", empty_store)
+
+
 @pytest.fixture(scope="session")
-def shared_house(tmp_path_factory: pytest.TempPathFactory) -> House:
+def shared_house(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> House:
     """One house for the tests of a session that only read what others of their file built."""
-    return House(tmp_path_factory.mktemp("shared house"))
+    return furnish(tmp_path_factory.mktemp("shared") / "a house", empty_store)
 
 
 @pytest.fixture
@@ -99,3 +117,15 @@ def refuses() -> Callable[[Outcome, str], None]:
         assert words in outcome.err, outcome.err
 
     return check
+
+
+@pytest.fixture
+def mlruns(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The `mlruns/` of a fresh house, as the store of this process."""
+    from octofold import tracking
+
+    folder = furnish(tmp_path / "a house", empty_store).home / "mlruns"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    monkeypatch.setattr(tracking, "_SPOOL", folder / "spool")
+    return folder

@@ -17,7 +17,8 @@ from octofold.store import uri
 
 log = logging.getLogger("octofold")
 STATE = "promotion.state"
-"""Tag of an audited run: ``started``, ``done``, ``superseded`` or ``rolled_back``."""
+"""Tag of an audited run: ``started``, ``done``, ``unchanged``, ``superseded`` by the one that finished it, or
+``rolled_back``."""
 AUDIT = "promotion.json"
 
 
@@ -102,7 +103,7 @@ def promote(
     _apply(moves)
     for slot in chosen:
         versions.set_version_tags(slot.name, slot.version, {f"promotion.{stage}": run.id})
-    run.set_tags({STATE: "done"})
+    run.set_tags({STATE: "done" if any(move.before != move.after for move in moves) else "unchanged"})
     return moves
 
 

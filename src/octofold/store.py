@@ -21,7 +21,11 @@ _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306}
 def uri() -> str:
     """Return the tracking store's URI: ``MLFLOW_TRACKING_URI``, or sqlite in the project's ``mlruns/``."""
     environment()
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{ROOT / 'mlruns' / 'mlflow.db'}"
+    given = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{ROOT / 'mlruns' / 'mlflow.db'}"
+    path = given.removeprefix("sqlite:///")
+    if path != given and not path.startswith("/") and not Path(path).exists():
+        return f"sqlite:///{ROOT / path}"  # relative: here if it is here, else in the project folder
+    return given
 
 
 def database(store: str) -> Path:
@@ -66,8 +70,8 @@ def check_reachable(store: str) -> None:
         ) from None
 
 
-def artifact_root(store: str, name: str) -> str | None:
-    """Where a new experiment keeps its artifacts: beside a local database, or wherever the server says (None)."""
+def artifact_root(store: str, name: str = "") -> str | None:
+    """Return where a new experiment keeps its artifacts: beside a local database, or where the server says (None)."""
     if store.startswith("http") or "databricks" in store:
         return None
     folder = ROOT / "mlruns"

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from octofold.config import Section, dump, flatten
@@ -27,7 +27,9 @@ from octofold.spool import Note, Spool
 from octofold.store import artifact_root, check_reachable, database, lock_file, locked, pages, uri
 
 log = logging.getLogger("octofold")
-T = TypeVar("T")
+_SPOOL = ROOT / "mlruns" / "spool"
+# MLflow's defaults wait four minutes for a server that is not there; during training the spool waits instead.
+_HTTP = {"MAX_RETRIES": "2", "BACKOFF_FACTOR": "1", "TIMEOUT": "60"}
 
 
 def client() -> Any:
@@ -41,21 +43,21 @@ def client() -> Any:
 
 @lru_cache(maxsize=4)
 def _client(store: str) -> Any:
-    scheme = urlsplit(store).scheme.split("+")[0]
-    if scheme in ("", "file"):
-        raise UserError(
-            f"MLFLOW_TRACKING_URI={redact(store)}",
-            expected="sqlite:///…, postgresql://… or http(s)://… (MLflow has given up its file store)",
-            fix="unset it to use mlruns/mlflow.db",
-        )
+    if (scheme := urlsplit(store).scheme.split("+")[0]) in ("", "file"):
+        expected = "sqlite:///…, postgresql://… or http(s)://… (MLflow has given up its file store)"
+        raise UserError(f"MLFLOW_TRACKING_URI={store}", expected=expected, fix="unset it to use mlruns/mlflow.db")
     if scheme == "sqlite":
         database(store).parent.mkdir(parents=True, exist_ok=True)
     else:
         check_reachable(store)
-    # The defaults wait four minutes for a server that is not there; during training the spool waits instead.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    for name, value in _HTTP.items():
+        os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # MLflow's own, against SQLAlchemy
+        return _connect(store, scheme)
+
+
+def _connect(store: str, scheme: str) -> Any:
     import mlflow
 
     for noisy in ("alembic", "mlflow.store.db.utils"):
@@ -63,6 +65,10 @@ def _client(store: str) -> Any:
     mlflow.set_tracking_uri(store)
     # Two processes that both find an empty database both build it, and leave it broken for good: one at a time.
     with locked(lock_file(store)), explained(store):
+        if scheme == "sqlite" and not database(store).exists():
+            from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+            SqlAlchemyStore(store, artifact_root(store))  # type: ignore[no-untyped-call]  # else Default's are in the cwd
         made = mlflow.MlflowClient(tracking_uri=store)
         made.search_experiments(max_results=1)
     return made
@@ -82,8 +88,7 @@ def experiment(name: str) -> str:
         try:
             return str(api.create_experiment(name, artifact_location=artifact_root(store, name)))
         except MlflowException as error:
-            found = api.get_experiment_by_name(name)  # somebody else made it just now
-            if found is None:
+            if (found := api.get_experiment_by_name(name)) is None:  # nobody else made it just now
                 raise UserError(f"experiment '{name}'", got=redact(str(error))) from error
     if found.lifecycle_stage == "deleted":
         raise UserError(
@@ -165,7 +170,7 @@ class Run:
         self.competition = competition
         self.artifact_uri = artifact_uri
         self.experiment_id = experiment_id
-        self._spool = Spool(_spool_folder() / f"{run_id}.jsonl")
+        self._spool = Spool(_SPOOL / f"{run_id}.jsonl")
         self._try_again_at = 0.0
 
     @property
@@ -242,7 +247,7 @@ class Run:
         from mlflow.entities import DatasetInput, InputTag
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # hints on integer columns and on the source's kind
+            warnings.simplefilter("ignore")  # hints on integer columns, and MLflow's own use of pandas
             made = from_pandas(table, source=str(source or name), name=name)
             entry = DatasetInput(made._to_mlflow_entity(), tags=[InputTag("mlflow.data.context", context)])
         patiently(lambda: client().log_inputs(self.id, datasets=[entry]))
@@ -250,10 +255,6 @@ class Run:
     def _end(self, status: str) -> None:
         self._try_again_at = 0.0
         self._tell({"kind": "end", "status": status, "time": int(time.time() * 1000)})
-
-
-def _spool_folder() -> Path:
-    return ROOT / "mlruns" / "spool"
 
 
 def _send(run_id: str, notes: Sequence[Note]) -> None:
@@ -270,14 +271,12 @@ def _send(run_id: str, notes: Sequence[Note]) -> None:
 
 def deliver_leftovers() -> int:
     """Deliver what processes that are gone left in the spool; return the number of notes."""
-    from mlflow.exceptions import MlflowException
-
     count = 0
-    for path in sorted(_spool_folder().glob("*.jsonl")):
+    for path in sorted(_SPOOL.glob("*.jsonl")):
         try:
             if is_orphan(get_run(path.stem).tags):
                 count += Spool(path).deliver(lambda notes, run_id=path.stem: _send(run_id, notes))  # type: ignore[misc]
-        except (UserError, MlflowException) as error:
+        except Exception as error:  # somebody's old notes must not stop this run
             log.warning("%s waits on: %s", path, redact(str(error)).splitlines()[0])
     return count
 
@@ -312,7 +311,7 @@ def run(
         competition: names the experiment. A run that ``mlflow run`` opened is adopted where it is.
         name: shown in MLflow's list; none = the entry's.
         tags: beside competition, entry, git commit and process identity.
-        parent: the run (or its id) this one is nested in; it is then in the parent's experiment.
+        parent: the run (or its id) this one is nested in, in the same experiment.
         resume_id: go on with this run instead of making one.
 
     Raises:
