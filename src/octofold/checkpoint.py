@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from octofold.errors import UserError, preview
-from octofold.files import atomic, read_json, sha256_json, write_json
+from octofold.files import atomic, read_json, sha256_file, sha256_json, write_json
 from octofold.recipe import Recipe
 
 CODE = (
@@ -56,9 +56,11 @@ def code_versions() -> dict[str, str]:
     return shas | {f"library {name}": version(name) for name in LIBRARIES}
 
 
-def identity(recipe: Recipe, manifest_hash: str, fold: int, seed: int) -> dict[str, str]:
-    """Return what must be unchanged for a training to go on: recipe, manifest, slot, code, libraries."""
+def identity(recipe: Recipe, manifest_hash: str, fold: int, seed: int, start: Path | None = None) -> dict[str, str]:
+    """Return what must be unchanged for a training to go on: recipe, manifest, slot, start, code, libraries."""
     slot = {"manifest hash": manifest_hash, "fold": str(fold), "seed": str(seed)}
+    if start is not None:
+        slot["starting weights"] = sha256_file(start / "model.safetensors" if start.is_dir() else start)
     return settings_of(recipe) | slot | code_versions()
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from octofold import checkpoint, interrupt, manifest, plots, promotion, registry, tracking, training
 from octofold.commands import Train
 from octofold.compute import Devices, device_setup
-from octofold.files import ROOT
+from octofold.files import ROOT, existing
 from octofold.manifest import Manifest
 from octofold.models import read_card
 from octofold.predictions import Predictions, average, concatenate
@@ -85,7 +85,21 @@ def _check_unfinished(config: Train, recipe: Recipe, table: Manifest, fold: int,
     if config.restart and folder.exists():
         shutil.rmtree(folder)
     if (folder / "identity.json").exists():
-        checkpoint.claim(folder, checkpoint.identity(recipe, table.hash, fold, seed))
+        checkpoint.claim(folder, checkpoint.identity(recipe, table.hash, fold, seed, _start(recipe, fold, seed)))
+
+
+def _start(recipe: Recipe, fold: int, seed: int) -> Path | None:
+    """The file or checkpoint folder a slot's training starts from, if the recipe names one.
+
+    ``{fold}`` and ``{seed}`` in `model.weights` become the slot's, so that each fold goes on from a model that has not
+    seen its held-out rows either.
+    """
+    place = recipe.model.weights.replace("{fold}", str(fold)).replace("{seed}", str(seed))
+    if place in ("none", "pretrained", "package"):
+        return None
+    if place.startswith("models:/"):
+        return registry.find_checkpoint(tracking.fetch_uri(place, f"model.weights: {place}"))
+    return existing(place, "weights (.safetensors, .pth, .pt, or a checkpoint folder)")
 
 
 def _latest(tags: Mapping[str, str], table: Manifest) -> str | None:
@@ -122,7 +136,7 @@ def _fill(
             if epoch not in seen:
                 run.log_metrics(metrics, step=epoch)
 
-        result = training.train_slot(recipe, table, fold, seed, folder, report, devices)
+        result = training.train_slot(recipe, table, fold, seed, folder, report, devices, _start(recipe, fold, seed))
         for extra in ("profile", "tensorboard"):
             if (folder / extra).is_dir():
                 run.log_artifacts(folder / extra, extra)

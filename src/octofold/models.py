@@ -41,7 +41,7 @@ def depths(net: Net) -> dict[str, int]:
     }
 
 
-def build(config: recipe.Model, outputs: int, load_weights: bool = True) -> Net:
+def build(config: recipe.Model, outputs: int, load_weights: bool = True, start: Path | None = None) -> Net:
     """Make the network a recipe describes.
 
     Args:
@@ -49,11 +49,12 @@ def build(config: recipe.Model, outputs: int, load_weights: bool = True) -> Net:
             folder; the entry point turns ``models:/…`` into such a folder first.
         outputs: number of logits.
         load_weights: False makes the bare network, to be filled by `read_model`.
+        start: the file or checkpoint folder that `config.weights` (``models:/…``) turned out to mean.
 
     Raises:
         UserError: an unknown name, weights that are not there or do not fit, a size the network cannot take.
     """
-    source = config.weights if load_weights else "none"
+    source = str(start or config.weights) if load_weights else "none"
     trunk = _own(config) if config.name in OWN else _timm(config, pretrained=source == "pretrained")
     mean, std = _normalization(trunk, config)
     width: Any = getattr(trunk, "head_hidden_size", None) or trunk.num_features

@@ -155,6 +155,7 @@ def train_slot(
     folder: Path,
     report: Report,
     devices: Devices | None = None,
+    start: Path | None = None,
 ) -> SlotResult:
     """Train one slot, or go on with it, or return it if it is done.
 
@@ -166,16 +167,17 @@ def train_slot(
         folder: where the checkpoint, the model and the OOF go.
         report: called after each epoch with its number (0-based over all phases) and metrics; may raise to stop.
         devices: from `compute.device_setup`; None = as the recipe's runtime says.
+        start: file or checkpoint folder to start from, where the recipe names one that had to be looked up.
 
     Raises:
         UserError: a loss that is not finite, or a checkpoint of another recipe, manifest or code.
         KeyboardInterrupt: asked to stop; the checkpoint is written.
     """
-    identity = checkpoint.identity(recipe, manifest.hash, fold, seed)
+    identity = checkpoint.identity(recipe, manifest.hash, fold, seed, start)
     checkpoint.claim(folder, identity)
     if (folder / "done.json").exists():
         return read_result(folder)
-    job = _open(recipe, manifest, fold, seed, folder, devices or _devices(recipe))
+    job = _open(recipe, manifest, fold, seed, folder, devices or _devices(recipe), start)
     now, clock = job.progress, checkpoint.Clock(recipe.runtime.checkpoint_s)
     traced = profiling.profile(recipe.runtime.profile_steps, folder / "profile")
     watched = profiling.events(recipe.runtime.tensorboard, folder / "tensorboard")
@@ -307,7 +309,9 @@ def _devices(recipe: Recipe) -> Devices:
     return device_setup(recipe.runtime.device, recipe.runtime.threads)
 
 
-def _open(recipe: Recipe, manifest: Manifest, fold: int, seed: int, folder: Path, devices: Devices) -> Job:
+def _open(
+    recipe: Recipe, manifest: Manifest, fold: int, seed: int, folder: Path, devices: Devices, start: Path | None
+) -> Job:
     """Build everything a slot needs and put the checkpoint's state in, if there is one."""
     saved = checkpoint.load(folder)
     task = make_task(manifest.task, manifest.classes, manifest.info.get("swap"))
@@ -320,13 +324,13 @@ def _open(recipe: Recipe, manifest: Manifest, fold: int, seed: int, folder: Path
     if not train.any() or train.all():
         raise UserError(f"fold {fold}", expected="rows in it and rows outside it", got="one side is empty")
     torch.manual_seed(seed_of(seed))
-    net = models.build(recipe.model, task.outputs).to(devices.device)
+    net = models.build(recipe.model, task.outputs, start=start).to(devices.device)
     runtime = saved["runtime"] if saved else _runtime(recipe, devices)
     net = net.to(memory_format=torch.channels_last if runtime["channels_last"] else torch.contiguous_format)
     cache = open_cache(manifest, PixelSpec.of(recipe.model))
-    weights = None
+    balance = None
     if recipe.loss.class_weights and manifest.task == "classify":
-        weights = torch.from_numpy(balanced_weights(manifest.target[train], len(manifest.classes))).to(devices.device)
+        balance = torch.from_numpy(balanced_weights(manifest.target[train], len(manifest.classes))).to(devices.device)
     job = Job(
         recipe=recipe,
         manifest=manifest,
@@ -341,7 +345,7 @@ def _open(recipe: Recipe, manifest: Manifest, fold: int, seed: int, folder: Path
         target=manifest.target,
         metric=metric_of(recipe, task),
         runtime=runtime,
-        class_weight=weights,
+        class_weight=balance,
         progress=Progress(),
         average=optim.Average(recipe.average),
         scale=optim.LossScale(runtime["precision"] == "fp16"),
@@ -394,9 +398,10 @@ def _enter(job: Job, number: int, phase: Phase) -> Part:
     if recipe.loss.weighted_sampler and job.manifest.task == "classify":
         draw = sample_weights(job.target[train], len(job.manifest.classes))
     order = Order(train, job.seed, recipe.batch_size, recipe.optim.accumulate, draw)
-    features = _features(job, preset) if head_only else None
+    features = _features(job) if head_only and _is_cacheable(job, preset, phase) else None
     if features is not None:
-        source: Pixels | Features = Features(features, _unit_target(job))
+        drawn = features if preset == "none" else _features(job, str(preset), phase.replicas)
+        source: Pixels | Features = Features(drawn, _unit_target(job))
     else:
         source = Pixels(job.cache, job.target, preset, job.task.swap)
     batches = Batches(
@@ -452,16 +457,19 @@ def _set_mode(job: Job, head_only: bool) -> None:
         job.net.trunk.eval()
 
 
-def _features(job: Job, preset: str | list[str]) -> npt.NDArray[np.float32] | None:
-    """Features of all rows, where they are the same in every epoch."""
-    if preset != "none" or _mixes(job):
-        return None
+def _is_cacheable(job: Job, preset: str | list[str], phase: Phase) -> bool:
+    """Whether a frozen trunk's features serve every epoch: nothing random, or a fixed number of random versions."""
+    drawn = isinstance(preset, str) and phase.replicas > 0 and job.target.ndim == 1  # points would have to move along
+    return (preset == "none" or drawn) and not _mixes(job)
+
+
+def _features(job: Job, preset: str = "none", replicas: int = 0) -> npt.NDArray[np.float32]:
+    """Features of all rows, ``(N, F)`` or ``(replicas, N, F)``; computed by the main process, read by all."""
+    how = job.net, job.cache, job.manifest.competition, job.runtime["precision"], preset, replicas
     if job.devices.is_main:
-        found = cached_features(job.net, job.cache, job.manifest.competition, job.runtime["precision"])
+        found = cached_features(*how)
     job.devices.wait()
-    if not job.devices.is_main:
-        found = cached_features(job.net, job.cache, job.manifest.competition, job.runtime["precision"])
-    return found
+    return found if job.devices.is_main else cached_features(*how)
 
 
 def _mixes(job: Job) -> bool:
