@@ -48,7 +48,7 @@ PARTS = {
     "looks",
 }
 HOME = {  # a heavy dependency and the one file that may say its name
-    "mlflow": {"tracking", "served"},
+    "mlflow": {"tracking", "served", "serving"},
     "optuna": {"studies", "tuning"},
     "accelerate": {"compute"},
     "ray": {"compute"},
@@ -64,11 +64,16 @@ BETWEEN_WORKFLOWS = {  # the exceptions, each because one writes what the other 
     ("review", "cleaning"),
     ("review", "desk"),  # the page without the web framework
     ("desk", "cleaning"),
+    ("cleaning", "vectors"),
+    ("vectors", "features"),
+    ("vectors", "embedding"),
     ("sweep", "tuning"),  # a sweep is a study
     ("sweep", "training"),  # over trainings
     ("lineup", "inference"),  # a lineup is what a stage's models say, so it has to ask them
     ("serving", "inference"),
     ("served", "inference"),
+    ("serving", "served"),
+    ("serving", "registry"),
     ("shards", "inference"),  # a big job is inference cut into parts,
     ("results", "inference"),  # and what it leaves behind
     ("results", "shards"),

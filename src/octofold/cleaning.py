@@ -3,32 +3,30 @@
 Labels are never changed here: a queue is read, decisions go to the journal, prepare replays them.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from octofold import suspicion
+from octofold import registry, suspicion
 from octofold.errors import UserError, preview
 from octofold.evidence import Evidence, Near, of_classes, of_points
-from octofold.images import PixelCache, resize
+from octofold.files import atomic
 from octofold.journal import Entry, Journal
 from octofold.manifest import Manifest
 from octofold.predictions import Predictions
+from octofold.vectors import Embeddings
 
+log = logging.getLogger("octofold")
 Array = npt.NDArray[Any]
 SHOWN = 6  # neighbours on the page
 GUESSES = 5
-
-
-class Embeddings(NamedTuple):
-    """One vector per image, tied to its id: rows are never matched by position."""
-
-    sample_ids: npt.NDArray[np.str_]  # (M,)
-    values: npt.NDArray[np.float32]  # (M, F)
+VIEWS = "none"  # of the OOF: every slot stores it
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,12 @@ class Queue:
         """How many are worth a look."""
         return sum(item.flagged for item in self.items)
 
+    def write(self, path: Path) -> Path:
+        """Write `table` as CSV, whole or not at all, and return the path."""
+        with atomic(path) as temporary:
+            self.table().to_csv(temporary, index=False, lineterminator="\n")
+        return path
+
     def table(self) -> pd.DataFrame:
         """Columns ``rank, sample_id, path, label, suggestion, score, flagged, kinds, reasons``."""
         rows = [
@@ -90,7 +94,8 @@ class Queue:
             }
             for rank, item in enumerate(self.items, start=1)
         ]
-        return pd.DataFrame(rows, columns=["rank", *Item.__dataclass_fields__] if not rows else None)
+        names = ["rank", "sample_id", "path", "label", "suggestion", "score", "flagged", "kinds", "reasons"]
+        return pd.DataFrame(rows, columns=names)
 
 
 def rank(
@@ -124,6 +129,24 @@ def rank(
         evidence.add(row, "stale", text, first=True)
     items = _items(manifest, evidence, near)
     return Queue(items[: limit or None], notes, evidence.guessed_points)
+
+
+def find_oof(manifest: Manifest, files: Sequence[Path], stage: str) -> list[Predictions]:
+    """Return the OOF to judge by: the files given, else of the members in `stage`, else of all that were trained.
+
+    Raises:
+        UserError: a file that is none.
+    """
+    if files:
+        return [Predictions.load(file) for file in files]
+    members = registry.resolve(manifest.competition, stage)
+    if not members:
+        newest = registry.slots(manifest.competition)
+        members = {name: [versions[-1] for versions in group.values()] for name, group in newest.items()}
+        if members:
+            log.info("no member stands in %s: the newest version of each slot speaks", stage)
+    found = [registry.oof(slot, VIEWS) for slots in members.values() for slot in slots]
+    return [oof for oof in found if oof is not None]
 
 
 def undecided(journal: Journal, manifest: Manifest) -> set[str]:
@@ -224,15 +247,3 @@ def _items(manifest: Manifest, evidence: Evidence, near: Near | None) -> list[It
         )  # fmt: skip
         items.append(item)
     return items
-
-
-def plain_features(cache: PixelCache) -> npt.NDArray[np.float32]:
-    """``(N, 256)`` colours and coarse shape, for when no trained weights are at hand: better than nothing."""
-    rows = []
-    for row in range(len(cache)):
-        square = cache.square(row)
-        bins = (square >> 6).reshape(-1, 3).astype(np.int64) @ np.array([16, 4, 1])
-        colours = np.sqrt(np.bincount(bins, minlength=64) / len(bins))
-        small = resize(square, 8, 8).astype(np.float32).reshape(-1) / 255
-        rows.append(np.concatenate([colours, small - small.mean()]))
-    return np.asarray(rows, np.float32)

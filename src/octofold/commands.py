@@ -133,13 +133,19 @@ class Clean(Section):
 
     manifest: Path = Field(description="manifest.csv under review")
     competition: str = Field("", description="name of the problem; empty = the manifest's")
-    oof: list[Path] = Field([], description="OOF Predictions files; empty = every member in --stage")
+    oof: list[Path] = Field([], description="OOF Predictions files; empty = every member in --stage, else every one")
     stage: Stage = Field("production", description="registry stage whose OOF is used")
+    embed: str = Field(
+        "auto",
+        description="auto = ImageNet features from the offline extra, else colours | plain | none | a checkpoint",
+    )
     journal: Path | None = Field(None, description="append-only decisions (JSONL); none = beside the manifest")
     reviewer: str = Field("", description="name written with each decision; empty = the login name")
-    port: int = Field(0, ge=0, le=65535, description="of the review page on 127.0.0.1; 0 = any free one")
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 = the whole network (phone), link only")
+    port: int = Field(0, ge=0, le=65535, description="of the review page; 0 = any free one")
     serve: bool = Field(True, description="open the review page; false = only write the queue")
     limit: int = Field(0, ge=0, description="queue length; 0 = all")
+    out: Path | None = Field(None, description="folder for queue.csv; none = runs/clean/<run id>")
 
 
 class Tune(Section):

@@ -1,5 +1,6 @@
 """The desk: what the review page shows and what it writes, free of any web framework."""
 
+import getpass
 import io
 from collections.abc import Mapping
 from functools import lru_cache
@@ -230,6 +231,14 @@ def _standing(entry: Entry | None) -> dict[str, str] | None:
         return None
     names = ("entry", "action", "target", "label", "reviewer", "time")
     return {name: getattr(entry, name) for name in names}
+
+
+def login() -> str:
+    """The name of who is logged in, or "" where the system knows none (a container)."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return ""
 
 
 def progress(journal: Journal, queue: Queue, manifest: Manifest) -> Mapping[str, int]:

@@ -19,6 +19,7 @@ from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 from octofold.desk import MOST_ACTS, SIDES, Desk
 from octofold.errors import UserError
 
+log = logging.getLogger("octofold")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -140,6 +141,7 @@ class Server:
 
     def serve(self) -> None:
         """Answer until `stop`, or until Ctrl-C: nothing is lost by either, every act is on the disk already."""
+        log.info("review page: %s   (Ctrl-C ends it; every decision is kept)", self.url)
         try:
             self._server.serve_forever()
         except KeyboardInterrupt:
