@@ -1,0 +1,188 @@
+"""Promotion: gated, told, audited, finished after a cut, and undone to exactly what was."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from octofold import promotion, registry, tracking, versions
+from octofold.errors import UserError
+
+HASH = "a" * 64
+
+
+@pytest.fixture
+def register(mlruns: Path) -> Callable[..., None]:
+    """Put a version in the registry as `registry.register_slot` does, without weights."""
+
+    def make(member: str = "tiny", folds: Sequence[int] = (0, 1), seed: int = 0, **tags: str) -> None:
+        for fold in folds:
+            name = registry.slot_name("pets", member, fold, seed)
+            versions.ensure_registered(name, {"competition": "pets"})
+            own = {"manifest_hash": HASH, "classes_hash": "c", "recipe_hash": "r", "model_sha": "s"} | tags
+            tracking.client().create_model_version(name, "file:///nowhere", tags=own)
+
+    return make
+
+
+def promote(member: str = "tiny", stage: str = "production", **options: object) -> list[promotion.Move]:
+    settings = {"manifest_hash": HASH, "all_folds": [0, 1]} | options
+    with tracking.run("promote", None, "pets") as run:
+        return promotion.promote(run, "pets", member, stage, **settings)  # type: ignore[arg-type]
+
+
+def rollback(member: str = "", stage: str = "production") -> list[promotion.Move]:
+    with tracking.run("promote", None, "pets") as run:
+        return promotion.rollback(run, "pets", member, stage)
+
+
+def standing(stage: str = "production") -> dict[str, int]:
+    found = registry.resolve("pets", stage)
+    return {slot.name.removeprefix("pets."): slot.version for group in found.values() for slot in group}
+
+
+def everything() -> dict[str, object]:
+    """All that a promotion may change, as MLflow has it."""
+    return {
+        model.name: (
+            dict(model.aliases),
+            {key: value for key, value in model.tags.items() if value},
+            sorted((int(v.version), v.current_stage) for v in versions.versions_of([model.name])),
+        )
+        for model in versions.registered_models("pets.")
+    }
+
+
+def test_moves_alias_and_stage_and_says_what_it_replaced(register: Callable[..., None]) -> None:
+    register()
+    assert [(move.version, move.replaced) for move in promote()] == [(1, None), (1, None)]
+    register()
+    assert [(move.version, move.replaced) for move in promote()] == [(2, 1), (2, 1)]
+    assert standing() == {"tiny.f0.s0": 2, "tiny.f1.s0": 2}
+    stages = {v.version: v.current_stage for v in versions.versions_of(["pets.tiny.f0.s0"])}
+    assert stages == {1: "Archived", 2: "Production"}
+
+
+@pytest.mark.slow
+def test_rollback_restores_exactly_step_by_step(register: Callable[..., None]) -> None:
+    register()
+    register(member="other")
+    states = [everything()]
+    promote(stage="staging")
+    states.append(everything())
+    promote()  # staging moves on to production
+    states.append(everything())
+    register()
+    states.append(everything())
+    promote("")  # both members at once
+    assert standing() == {"tiny.f0.s0": 2, "tiny.f1.s0": 2, "other.f0.s0": 1, "other.f1.s0": 1}
+    promote("")  # again: nothing to do, and nothing a rollback would stop at
+    rollback()
+    assert everything() == states[3]
+    rollback("tiny")
+    rollback(stage="staging")
+    with pytest.raises(UserError, match="an earlier promotion"):
+        rollback()
+    assert [version for _, _, version in everything().values()] == [
+        [(1, "None")], [(1, "None")], [(1, "None"), (2, "None")], [(1, "None"), (2, "None")],
+    ]  # fmt: skip
+
+
+def test_rollback_of_one_member_leaves_the_way_back_of_the_other(register: Callable[..., None]) -> None:
+    register()
+    register(member="other")
+    promote("")
+    assert {move.member for move in rollback("other")} == {"other"}
+    assert standing() == {"tiny.f0.s0": 1, "tiny.f1.s0": 1}
+    assert {move.member for move in rollback()} == {"tiny"}
+    assert standing() == {}
+
+
+def test_rollback_does_not_undo_somebody_elses_choice(register: Callable[..., None]) -> None:
+    register()
+    register()
+    promote()
+    versions.set_alias("pets.tiny.f0.s0", "production", 1)
+    with pytest.raises(UserError, match="moved since"):
+        rollback()
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "words"),
+    [
+        ({"folds": [0]}, {}, "fold 1 seed 0"),
+        ({}, {"all_folds": [0, 1, 2]}, "fold 2 seed 0"),
+        ({}, {"seeds": [0, 1]}, "fold 0 seed 1"),
+        ({"manifest_hash": "b" * 64}, {}, "from manifest bbbbbbbbbbbb"),
+        ({}, {"manifest_hash": None, "all_folds": None}, "a manifest to compare with"),
+    ],
+)
+def test_the_gate(
+    register: Callable[..., None], change: dict[str, object], options: dict[str, object], words: str
+) -> None:
+    register(**change)
+    before = everything()
+    with pytest.raises(UserError, match=words):
+        promote(**options)
+    assert everything() == before
+    assert promote(**options, force=True)
+    assert standing()
+
+
+def test_slots_of_two_recipes_need_force(register: Callable[..., None]) -> None:
+    register()
+    register(folds=[0], recipe_hash="another")
+    with pytest.raises(UserError, match="different recipes"):
+        promote()
+    promote(force=True)
+    assert standing() == {"tiny.f0.s0": 2, "tiny.f1.s0": 1}
+
+
+def test_unknown_member_and_empty_choice(register: Callable[..., None]) -> None:
+    register()
+    with pytest.raises(UserError, match="members there: tiny"):
+        promote("nobody")
+    with pytest.raises(UserError, match="among those folds"):
+        promote(folds=[7], force=True)
+
+
+def test_the_audit_says_who_moved_what(register: Callable[..., None]) -> None:
+    register()
+    promote()
+    (info,) = tracking.find_runs("pets", {"promotion.stage": "production"})
+    assert info.tags["promotion.members"] == "tiny"
+    assert info.tags[promotion.STATE] == "done"
+    stored = json.loads(tracking.download(info.id, promotion.AUDIT).read_text())
+    assert [(move["name"], move["version"]) for move in stored["moves"]] == [
+        ("pets.tiny.f0.s0", 1),
+        ("pets.tiny.f1.s0", 1),
+    ]
+    assert versions.existing_version("pets.tiny.f0.s0", 1).tags["promotion.production"] == info.id
+
+
+@pytest.mark.parametrize("finish", [True, False], ids=["finished by the same command", "rolled back at once"])
+def test_a_cut_promotion(register: Callable[..., None], monkeypatch: pytest.MonkeyPatch, finish: bool) -> None:
+    register()
+    promote()
+    register()
+    before = everything()
+    calls = []
+
+    def cut(name: str, version: int, stage: str) -> None:
+        calls.append(name)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        real(name, version, stage)
+
+    real = versions.set_stage
+    monkeypatch.setattr(versions, "set_stage", cut)
+    with pytest.raises(KeyboardInterrupt):
+        promote()
+    monkeypatch.setattr(versions, "set_stage", real)
+    assert everything() != before
+    if finish:
+        promote()
+        assert standing() == {"tiny.f0.s0": 2, "tiny.f1.s0": 2}
+    rollback()
+    assert everything() == before
