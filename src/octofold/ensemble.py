@@ -154,6 +154,11 @@ def load(path: Path | str, device: str = "cpu") -> Ensemble:
     return load_bag(found, device)
 
 
+def output_names(task: str, classes: Sequence[str]) -> list[str]:
+    """Return what a table calls the K probabilities, or the 2P coordinates."""
+    return [f"{name}_{axis}" for name in classes for axis in "xy"] if task == "keypoints" else list(classes)
+
+
 def load_bag(folders: Sequence[Path], device: str = "cpu") -> Ensemble:
     """Load these checkpoint folders and `bag` them.
 

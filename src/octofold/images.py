@@ -97,7 +97,11 @@ def load(path: Path | str, spec: PixelSpec) -> tuple[Pixels, Frame]:
     Raises:
         UserError: no such file, not an image, truncated, or larger than 300 megapixels.
     """
-    image = open_image(path)
+    return fit(open_image(path), spec, path)
+
+
+def fit(image: Image.Image, spec: PixelSpec, path: Path | str = "image") -> tuple[Pixels, Frame]:
+    """Decode and resize an opened photo; `path` is only what errors call it. Returns and raises as `load`."""
     width, height = image.size  # before drafting: the frame speaks of the photo as it is
     image.draft(None, _scaled(width, height, spec))  # big JPEGs: decode at 1/2, 1/4 or 1/8
     if orientation(image) >= 5:

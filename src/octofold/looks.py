@@ -1,5 +1,6 @@
 """Looks: which images there are, and decoding each once, a few ahead of whoever waits for them."""
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from octofold.errors import UserError
-from octofold.files import existing, sha256_file
-from octofold.images import SUFFIXES, Frame, PixelSpec, find_images, load, square
+from octofold.files import existing
+from octofold.images import SUFFIXES, Frame, PixelSpec, find_images, fit, open_bytes, square
 from octofold.manifest import ID_LENGTH, Manifest
 from octofold.manifest import read as read_manifest
 
@@ -77,14 +78,34 @@ class Skipped(NamedTuple):
 
 
 def look(item: Item, specs: Sequence[PixelSpec]) -> Look | Skipped:
-    """Decode one image for every spec; give it its content's id where it has none."""
+    """Read one file once and decode it for every spec; give it its content's id where it has none."""
     try:
-        views = {spec: load(item.path, spec) for spec in specs}
+        data = item.path.read_bytes()
+        return decode(data, item.path, specs, item)
+    except OSError as error:
+        return Skipped(item.name, error.strerror or str(error))
     except UserError as error:
         return Skipped(item.name, str(error).partition("got:")[2].partition("\n")[0].strip() or str(error))
-    known_item = item if item.sample_id else item._replace(sample_id=sha256_file(item.path)[:ID_LENGTH])
+
+
+def decode(data: bytes, where: Path | str, specs: Sequence[PixelSpec], item: Item | None = None) -> Look:
+    """Decode the bytes of an image file for every spec.
+
+    Args:
+        data: as a camera wrote them.
+        where: what errors call it.
+        specs: the pixels wanted.
+        item: whose bytes these are, if a file's.
+
+    Raises:
+        UserError: not an image, or a broken one.
+    """
+    named = item or Item(str(where), Path())
+    if not named.sample_id:
+        named = named._replace(sample_id=hashlib.sha256(data).hexdigest()[:ID_LENGTH])
+    views = {spec: fit(open_bytes(data, where), spec, where) for spec in specs}
     squares = {spec: square(pixels, spec.size) for spec, (pixels, _) in views.items()}
-    return Look(known_item, squares, {spec: frame for spec, (_, frame) in views.items()})
+    return Look(named, squares, {spec: frame for spec, (_, frame) in views.items()})
 
 
 def ahead(function: Callable[[T], U], items: Iterable[T], depth: int, workers: int = 1) -> Iterator[U]:
