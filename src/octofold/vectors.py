@@ -72,7 +72,7 @@ def plain_features(cache: PixelCache) -> npt.NDArray[np.float32]:
     """``(N, 256)`` colours and coarse shape, for when no trained weights are at hand: better than nothing."""
     rows = []
     for row in range(len(cache)):
-        square = cache.square(row)
+        square = np.array(cache.square(row))
         bins = (square >> 6).reshape(-1, 3).astype(np.int64) @ np.array([16, 4, 1])
         colours = np.sqrt(np.bincount(bins, minlength=64) / len(bins))
         small = resize(square, 8, 8).astype(np.float32).reshape(-1) / 255
