@@ -6,6 +6,7 @@ out again under a new number, with its values, its notes (run ids) and the score
 
 import contextlib
 import fcntl
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -273,6 +274,7 @@ def figures(study: Study, plan: Plan) -> dict[str, Any]:
     """Draw history, slices, parallel coordinates, timeline, importances (from four trials on), and a Pareto front."""
     import optuna.visualization.matplotlib as draw
 
+    logging.getLogger("matplotlib.category").setLevel(logging.WARNING)  # choices that are numbers are meant as such
     done = records(study)
     if not done:
         return {}

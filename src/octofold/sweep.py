@@ -19,12 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from octofold import checkpoint, manifest, models, space, studies, tracking, training, trials, tuning
 from octofold.commands import Tune
 from octofold.compute import Devices, device_setup
-from octofold.config import build
+from octofold.config import build, read_yaml
 from octofold.errors import UserError
 from octofold.files import ROOT, existing, write_text
 from octofold.manifest import Manifest
@@ -101,11 +100,7 @@ def _recipe_of(source: Path | str | dict[str, Any]) -> Recipe:
     if isinstance(source, dict):
         return build(Recipe, source, "recipe")
     path = existing(source, "a recipe (YAML)")
-    try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(path, expected="valid YAML", got=str(error)) from error
-    return build(Recipe, plain if isinstance(plain, dict) else {"recipe": plain}, path)
+    return build(Recipe, read_yaml(path), path)
 
 
 def _warm(study: Any, plan: Plan, storage: Any, known: str | dict[str, Any]) -> None:
