@@ -10,9 +10,15 @@ from conftest import REPOSITORY
 PACKAGE = REPOSITORY / "src" / "octofold"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
-FOUNDATION = {"errors", "files", "config", "store", "outage", "provenance", "spool"}
+FOUNDATION = {"errors", "files", "config", "store", "outage", "provenance", "spool", "workers"}
 LEAVES = {"recipe", "commands", "metrics", "tta", "tracking", "compute", "plots", "profiling"}
 PARTS = {
+    "calibration",
+    "job",
+    "interrupt",
+    "features",
+    "checkpoint",
+    "batches",
     "versions",
     "registry",
     "sources",
@@ -72,7 +78,7 @@ BETWEEN_WORKFLOWS = {  # the exceptions, each because one writes what the other 
     ("lineup", "inference"),  # a lineup is what a stage's models say, so it has to ask them
     ("serving", "inference"),
     ("served", "inference"),
-    ("serving", "served"),
+    ("succession", "estimate"),
     ("serving", "registry"),
     ("shards", "inference"),  # a big job is inference cut into parts,
     ("results", "inference"),  # and what it leaves behind

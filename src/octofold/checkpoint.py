@@ -17,7 +17,7 @@ from octofold.files import atomic, read_json, sha256_file, sha256_json, write_js
 from octofold.recipe import Recipe
 
 CODE = (
-    "augment", "batches", "checkpoint", "features", "harden", "images", "models", "networks", "optim", "tasks",
+    "augment", "batches", "checkpoint", "features", "harden", "images", "job", "models", "networks", "optim", "tasks",
     "training", "weights",
 )  # fmt: skip
 """Modules whose text decides what comes out of a training."""

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,19 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from torch import nn
 
-from octofold import checkpoint, harden, models, optim, profiling
-from octofold.batches import Batches, Features, MicroBatch, Order, Pixels, seed_of
+from octofold import checkpoint, models, optim, profiling
+from octofold.batches import MicroBatch, seed_of
 from octofold.compute import Devices, device_setup
 from octofold.errors import UserError
-from octofold.features import cached_features
 from octofold.files import atomic, read_json, write_json
-from octofold.images import PixelCache, PixelSpec, open_cache
 from octofold.inference import predict_rows
 from octofold.interrupt import StopRequest
+from octofold.job import Job, Part, enter, open_job, set_mode
+from octofold.job import metric_of as metric_of
 from octofold.manifest import Manifest
-from octofold.metrics import METRICS
 from octofold.predictions import Predictions
-from octofold.recipe import Phase, Recipe
-from octofold.tasks import Task, balanced_weights, make_task, sample_weights
+from octofold.recipe import Recipe
 
 log = logging.getLogger("octofold")
 Report = Callable[[int, dict[str, float]], None]
@@ -56,92 +53,6 @@ class SlotResult:
     oof: dict[str, Predictions]
     history: pd.DataFrame
     metrics: dict[str, float]
-
-
-@dataclass
-class Progress:
-    """Where the training stands: the next step to take, and what was seen so far."""
-
-    phase: int = 0
-    epoch: int = 0
-    step: int = 0
-    losses: list[float] = field(default_factory=list)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    skipped: int = 0
-    best: dict[str, Any] = field(default_factory=dict)  # value, epoch, weights
-
-
-@dataclass
-class Job:
-    """A slot being trained."""
-
-    recipe: Recipe
-    manifest: Manifest
-    fold: int
-    seed: int
-    folder: Path
-    devices: Devices
-    task: Task
-    net: models.Net
-    forward: Callable[[torch.Tensor], torch.Tensor]
-    cache: PixelCache
-    target: npt.NDArray[Any]
-    metric: str
-    runtime: dict[str, Any]
-    class_weight: torch.Tensor | None
-    progress: Progress
-    average: optim.Average
-    scale: optim.LossScale
-    saved: dict[str, Any] | None
-
-    @property
-    def train_rows(self) -> npt.NDArray[np.int64]:
-        """Rows trained on: the training folds', as far as the recipe wants them."""
-        rows = np.flatnonzero(self._wanted & (self.manifest.fold != self.fold))
-        few = self.recipe.overfit * self.recipe.batch_size
-        return np.sort(np.random.default_rng(self.seed).permutation(rows)[:few]) if few else rows
-
-    @property
-    def valid_rows(self) -> npt.NDArray[np.int64]:
-        """Rows validated on: the held-out fold's, as far as wanted; when overfitting, the very rows trained on."""
-        return self.train_rows if self.recipe.overfit else np.flatnonzero(self._wanted & self._held_out)
-
-    @property
-    def held_out_rows(self) -> npt.NDArray[np.int64]:
-        """Rows predicted out of fold: all of the held-out fold."""
-        return np.flatnonzero(self._held_out)
-
-    @property
-    def _held_out(self) -> npt.NDArray[np.bool_]:
-        return np.asarray(self.manifest.fold == self.fold)
-
-    @property
-    def _wanted(self) -> npt.NDArray[np.bool_]:
-        return harden.wanted_rows(self.recipe.classes, self.target, self.manifest.classes)
-
-    @contextmanager
-    def autocast(self) -> Iterator[None]:
-        """Compute in the runtime's precision."""
-        kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.runtime["precision"])
-        with torch.autocast(self.devices.device.type, kind, enabled=kind is not None):
-            yield
-
-    def values_so_far(self) -> list[float]:
-        """The metric of each finished epoch."""
-        return [row[f"valid/{self.metric}"] for row in self.progress.history]
-
-
-@dataclass
-class Part:
-    """What belongs to one phase: its batches, its optimiser, what its inputs go through."""
-
-    phase: Phase
-    batches: Batches
-    optimizer: torch.optim.Optimizer
-    parameters: list[nn.Parameter]
-    sam: optim.Sam | None
-    forward: Callable[[torch.Tensor], torch.Tensor]
-    features: npt.NDArray[np.float32] | None
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
@@ -177,7 +88,8 @@ def train_slot(
     checkpoint.claim(folder, identity)
     if (folder / "done.json").exists():
         return read_result(folder)
-    job = _open(recipe, manifest, fold, seed, folder, devices or _devices(recipe), start)
+    devices = devices or device_setup(recipe.runtime.device, recipe.runtime.threads)
+    job = open_job(recipe, manifest, fold, seed, folder, devices, start)
     now, clock = job.progress, checkpoint.Clock(recipe.runtime.checkpoint_s)
     traced = profiling.profile(recipe.runtime.profile_steps, folder / "profile")
     watched = profiling.events(recipe.runtime.tensorboard, folder / "tensorboard")
@@ -185,10 +97,10 @@ def train_slot(
         for number, phase in enumerate(recipe.phases):
             if number < now.phase or _is_over(job):
                 continue
-            part = _enter(job, number, phase)
+            part = enter(job, number)
             if phase.keep_start and now.epoch == now.step == 0:
                 _keep_best(job, _validate(job, part.features)[f"valid/{job.metric}"], len(now.history) - 1)
-                _set_mode(job, phase.train == "head")
+                set_mode(job, part)
             while now.epoch < phase.epochs and not _is_over(job):
                 for batch in part.batches.stream(number, now.epoch, now.step):
                     optim.set_lr(part.optimizer, _rate(job, part, now.epoch * part.batches.order.steps + now.step))
@@ -244,7 +156,7 @@ def _gradients(job: Job, part: Part, batch: list[MicroBatch], seed: int) -> floa
     for number, micro in enumerate(batch):
         _reseed(seed_of(seed, number, job.devices.rank), job.devices.device)
         with job.autocast():
-            logits = part.forward(_laid_out(job, micro.inputs))
+            logits = part.forward(job.laid_out(micro.inputs))
         loss = job.task.loss(logits.float(), micro.target, job.recipe.loss, job.class_weight)
         (loss * (micro.share * job.scale.value)).backward()  # type: ignore[no-untyped-call]
         total += loss.detach() * micro.share
@@ -268,7 +180,7 @@ def _rate(job: Job, part: Part, step: int) -> float:
     phase = part.phase
     peak = phase.lr or job.recipe.optim.lr
     since = job.values_so_far()[len(job.progress.history) - job.progress.epoch :]
-    drops = optim.plateau_drops(since, phase.patience, METRICS[job.metric].higher_is_better)
+    drops = optim.plateau_drops(since, phase.patience, job.sign > 0)
     return optim.lr_at(phase, peak, step, part.batches.order.steps, drops)
 
 
@@ -277,15 +189,14 @@ def _is_over(job: Job) -> bool:
     values, patience = job.values_so_far(), job.recipe.early_stop
     if patience is None or not values:
         return False
-    gains = np.array(values) * (1 if METRICS[job.metric].higher_is_better else -1)
+    gains = np.array(values) * job.sign
     return len(values) - 1 - int(gains.argmax()) >= patience
 
 
 def _diverged(job: Job, loss: float) -> UserError:
     now = job.progress
     return UserError(
-        f"member '{job.recipe.member}' fold {job.fold} seed {job.seed}: phase '{job.recipe.phases[now.phase].name}' "
-        f"epoch {now.epoch} step {now.step}",
+        f"{job.name}: phase {now.phase} epoch {now.epoch} step {now.step}",
         expected="a finite loss",
         got=str(loss),
         fix=f"lower optim.lr (now {job.recipe.optim.lr:g}), lengthen the warm-up, set optim.clip_norm, or "
@@ -302,199 +213,6 @@ def _count_skipped(job: Job, finite: bool) -> None:
         raise _diverged(job, math.inf)
 
 
-# ---- beginning ------------------------------------------------------------------------------------------------------
-
-
-def _devices(recipe: Recipe) -> Devices:
-    return device_setup(recipe.runtime.device, recipe.runtime.threads)
-
-
-def _open(
-    recipe: Recipe, manifest: Manifest, fold: int, seed: int, folder: Path, devices: Devices, start: Path | None
-) -> Job:
-    """Build everything a slot needs and put the checkpoint's state in, if there is one."""
-    saved = checkpoint.load(folder)
-    task = make_task(manifest.task, manifest.classes, manifest.info.get("swap"))
-    task.check_views(recipe.tta)
-    train = manifest.fold != fold
-    if not (harden.wanted_rows(recipe.classes, manifest.target, manifest.classes) & train).any():
-        raise UserError(
-            "classes", expected="training rows of these classes", got=f"none in fold {fold}'s training rows"
-        )
-    if not train.any() or train.all():
-        raise UserError(f"fold {fold}", expected="rows in it and rows outside it", got="one side is empty")
-    torch.manual_seed(seed_of(seed))
-    net = models.build(recipe.model, task.outputs, start=start).to(devices.device)
-    runtime = saved["runtime"] if saved else _runtime(recipe, devices)
-    net = net.to(memory_format=torch.channels_last if runtime["channels_last"] else torch.contiguous_format)
-    cache = open_cache(manifest, PixelSpec.of(recipe.model))
-    balance = None
-    if recipe.loss.class_weights and manifest.task == "classify":
-        balance = torch.from_numpy(balanced_weights(manifest.target[train], len(manifest.classes))).to(devices.device)
-    job = Job(
-        recipe=recipe,
-        manifest=manifest,
-        fold=fold,
-        seed=seed,
-        folder=folder,
-        devices=devices,
-        task=task,
-        net=net,
-        forward=torch.compile(net) if runtime["compile"] else net,
-        cache=cache,
-        target=manifest.target,
-        metric=metric_of(recipe, task),
-        runtime=runtime,
-        class_weight=balance,
-        progress=Progress(),
-        average=optim.Average(recipe.average),
-        scale=optim.LossScale(runtime["precision"] == "fp16"),
-        saved=saved,
-    )
-    if saved is not None:
-        job.progress = Progress(**saved["progress"])
-        job.net.load_state_dict(saved["net"])
-        job.average.restore(saved["average"], devices.device)
-        job.scale.restore(saved["scale"])
-        log.info("going on at phase %d, epoch %d, step %d", *_where(job))
-    return job
-
-
-def _where(job: Job) -> tuple[int, int, int]:
-    return job.progress.phase, job.progress.epoch, job.progress.step
-
-
-def metric_of(recipe: Recipe, task: Task) -> str:
-    """Return the metric that chooses checkpoints: the recipe's, or the task's own if the recipe names none."""
-    fits = recipe.metric in METRICS and METRICS[recipe.metric].task == task.name
-    if fits:
-        return recipe.metric
-    if recipe.metric == Recipe.model_fields["metric"].default:
-        return task.default_metric
-    names = ", ".join(name for name, row in METRICS.items() if row.task == task.name)
-    raise UserError("metric", expected=f"one for {task.name}: {names}", got=recipe.metric)
-
-
-def _runtime(recipe: Recipe, devices: Devices) -> dict[str, Any]:
-    """Resolve what `runtime` leaves open."""
-    asked, cuda = recipe.runtime, devices.device.type == "cuda"
-    return {
-        "precision": ("bf16" if cuda else "fp32") if asked.precision == "auto" else asked.precision,
-        "channels_last": asked.channels_last != "off",
-        "compile": asked.compile == "on",
-        "workers": (4 if cuda else 0) if asked.workers is None else asked.workers,
-    }
-
-
-def _enter(job: Job, number: int, phase: Phase) -> Part:
-    """Set a phase up: who moves, on which batches, by which optimiser; put back its state if it was under way."""
-    recipe, head_only = job.recipe, phase.train == "head"
-    for parameter in job.net.trunk_parameters():
-        parameter.requires_grad_(not head_only)
-    train = job.train_rows
-    preset = harden.row_presets(phase, recipe.augment, job.target, train, job.manifest.classes, job.manifest.sample_ids)
-    preset = "none" if recipe.overfit else preset
-    draw = None
-    if recipe.loss.weighted_sampler and job.manifest.task == "classify":
-        draw = sample_weights(job.target[train], len(job.manifest.classes))
-    order = Order(train, job.seed, recipe.batch_size, recipe.optim.accumulate, draw)
-    features = _features(job) if head_only and _is_cacheable(job, preset, phase) else None
-    if features is not None:
-        drawn = features if preset == "none" else _features(job, str(preset), phase.replicas)
-        source: Pixels | Features = Features(drawn, _unit_target(job))
-    else:
-        source = Pixels(job.cache, job.target, preset, job.task.swap)
-    batches = Batches(
-        order,
-        source,
-        job.devices.device,
-        job.runtime["workers"],
-        job.devices.rank,
-        job.devices.world,
-        _weigh(job),
-        recipe.augment if _mixes(job) else None,
-        len(job.manifest.classes),
-    )
-    groups = optim.parameter_groups(
-        job.net, recipe.optim, head_only, models.depths(job.net) if recipe.optim.layer_decay < 1 else None
-    )
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    optimizer = optim.make_optimizer(phase.optimizer or recipe.optim.name, groups, recipe.optim)
-    if job.saved is not None and job.saved["progress"]["phase"] == number:
-        optimizer.load_state_dict(job.saved["optimizer"])
-    rho = recipe.optim.sam_rho
-    forward: Callable[[torch.Tensor], torch.Tensor] = job.forward
-    if features is not None:
-        forward = job.net.head
-    elif head_only:
-        forward = _frozen_forward(job.net)
-    _set_mode(job, head_only)
-    return Part(
-        phase=phase,
-        batches=batches,
-        optimizer=optimizer,
-        parameters=parameters,
-        sam=optim.Sam(parameters, rho, recipe.optim.sam_adaptive) if rho else None,
-        forward=forward,
-        features=features,
-    )
-
-
-def _frozen_forward(net: models.Net) -> Callable[[torch.Tensor], torch.Tensor]:
-    def forward(images: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            found = net.features(images)
-        logits: torch.Tensor = net.head(found)
-        return logits
-
-    return forward
-
-
-def _set_mode(job: Job, head_only: bool) -> None:
-    """Train mode; a frozen trunk stays in eval mode, so that its BatchNorm and dropout stand still."""
-    job.net.train()
-    if head_only:
-        job.net.trunk.eval()
-
-
-def _is_cacheable(job: Job, preset: str | list[str], phase: Phase) -> bool:
-    """Whether a frozen trunk's features serve every epoch: nothing random, or a fixed number of random versions."""
-    drawn = isinstance(preset, str) and phase.replicas > 0 and job.target.ndim == 1  # points would have to move along
-    return (preset == "none" or drawn) and not _mixes(job)
-
-
-def _features(job: Job, preset: str = "none", replicas: int = 0) -> npt.NDArray[np.float32]:
-    """Features of all rows, ``(N, F)`` or ``(replicas, N, F)``; computed by the main process, read by all."""
-    how = job.net, job.cache, job.manifest.competition, job.runtime["precision"], preset, replicas
-    if job.devices.is_main:
-        found = cached_features(*how)
-    job.devices.wait()
-    return found if job.devices.is_main else cached_features(*how)
-
-
-def _mixes(job: Job) -> bool:
-    return job.recipe.augment.mixup_prob + job.recipe.augment.cutmix_prob > 0
-
-
-def _unit_target(job: Job) -> npt.NDArray[Any]:
-    if job.target.ndim == 1:
-        return job.target
-    unit = [frame.to_unit(points) for frame, points in zip(job.cache.frames, job.target, strict=True)]
-    return np.asarray(unit, dtype=np.float32)
-
-
-def _weigh(job: Job) -> Callable[[npt.NDArray[np.int64]], float]:
-    """What rows count in the mean that the loss takes."""
-    if job.class_weight is None or _mixes(job) or job.recipe.loss.name == "bce":
-        return len
-    weight = job.class_weight.cpu().numpy()
-    return lambda rows: float(weight[job.target[rows]].sum())
-
-
-def _laid_out(job: Job, inputs: torch.Tensor) -> torch.Tensor:
-    return inputs if job.runtime["channels_last"] or inputs.ndim == 2 else inputs.contiguous()
-
-
 # ---- epochs ---------------------------------------------------------------------------------------------------------
 
 
@@ -509,7 +227,7 @@ def _finish_epoch(job: Job, part: Part) -> dict[str, float]:
     with _weights(job, job.average.mean if averaged else None):
         row |= _validate(job, part.features)
         _keep_best(job, row[f"valid/{job.metric}"], len(now.history))
-    _set_mode(job, part.phase.train == "head")
+    set_mode(job, part)
     now.history.append(row)
     return {name: value for name, value in row.items() if isinstance(value, float)}
 
@@ -533,7 +251,6 @@ def _validate(job: Job, features: npt.NDArray[np.float32] | None) -> dict[str, f
     job.net.eval()
     rows = job.devices.share(job.valid_rows)  # type: ignore[arg-type]
     plain = job.recipe.loss.model_copy(update={"label_smoothing": 0.0})
-    target = _unit_target(job)
     parts, loss = [], 0.0
     with torch.inference_mode(), job.autocast():
         for start in range(0, len(rows), VALID_BATCH):
@@ -542,8 +259,8 @@ def _validate(job: Job, features: npt.NDArray[np.float32] | None) -> dict[str, f
                 logits = job.net.head(torch.from_numpy(features[some]).to(job.devices.device))
             else:
                 images = torch.from_numpy(np.stack([job.cache.square(int(row)) for row in some]))
-                logits = job.forward(_laid_out(job, images.to(job.devices.device).permute(0, 3, 1, 2)))
-            wanted = torch.from_numpy(target[some]).to(job.devices.device)
+                logits = job.forward(job.laid_out(images.to(job.devices.device).permute(0, 3, 1, 2)))
+            wanted = torch.from_numpy(job.unit_target[some]).to(job.devices.device)
             loss += float(job.task.loss(logits.float(), wanted, plain)) * len(some)
             parts.append(job.task.activate(logits).float().cpu().numpy())
     gathered = job.devices.gather((np.asarray(rows), np.concatenate(parts) if parts else None, loss))
@@ -561,25 +278,15 @@ def _validate(job: Job, features: npt.NDArray[np.float32] | None) -> dict[str, f
 
 
 def _keep_best(job: Job, value: float, epoch: int) -> None:
-    best, sign = job.progress.best, 1 if METRICS[job.metric].higher_is_better else -1
+    best, sign = job.progress.best, job.sign
     if job.recipe.select == "last" or not best or sign * value > sign * best["value"]:
         weights = {name: tensor.detach().cpu().clone() for name, tensor in job.net.state_dict().items()}
         job.progress.best = {"value": value, "epoch": epoch, "weights": weights}
 
 
 def _save(job: Job, clock: checkpoint.Clock, part: Part | None) -> None:
-    if not job.devices.is_main:
-        return
-    progress = {name: getattr(job.progress, name) for name in Progress.__dataclass_fields__}
-    state = {
-        "runtime": job.runtime,
-        "progress": progress,
-        "net": job.net.state_dict(),
-        "average": job.average.state(),
-        "scale": job.scale.state(),
-        "optimizer": part.optimizer.state_dict() if part else None,
-    }
-    clock.save(job.folder, state)
+    if job.devices.is_main:
+        clock.save(job.folder, job.state(part.optimizer if part else None))
 
 
 # ---- the end --------------------------------------------------------------------------------------------------------
@@ -587,9 +294,9 @@ def _save(job: Job, clock: checkpoint.Clock, part: Part | None) -> None:
 
 def _finish(job: Job) -> SlotResult:
     """Choose the weights, predict the held-out rows, write everything, and only then say that it is done."""
+    _save(job, checkpoint.Clock(0), None)
     chosen = _choose(job)
     if job.devices.is_main:
-        _save(job, checkpoint.Clock(0), None)
         best = job.progress.best
         card = models.ModelCard(
             recipe=job.recipe.model_dump(mode="json", include=set(Recipe.model_fields)),
@@ -622,7 +329,7 @@ def _finish(job: Job) -> SlotResult:
 
 def _oof_metrics(job: Job, oof: dict[str, Predictions]) -> dict[str, float]:
     """``oof/<metric>`` with the recipe's views, and ``oof.<views>/<metric>`` for each set nested in them."""
-    rows = np.flatnonzero(job._held_out & job._wanted)
+    rows = job.scored_rows
     truth, ids = job.target[rows], job.manifest.sample_ids[rows]
     metrics = {}
     for name in dict.fromkeys([job.metric, job.task.default_metric]):
@@ -634,7 +341,7 @@ def _oof_metrics(job: Job, oof: dict[str, Predictions]) -> dict[str, float]:
 
 def _choose(job: Job) -> str:
     """Put the chosen weights into the network: the best epoch's, the last, or the averaged ones if they are better."""
-    best, sign = job.progress.best, 1 if METRICS[job.metric].higher_is_better else -1
+    best, sign = job.progress.best, job.sign
     if job.recipe.average.kind == "swa" and job.average.mean:
         job.net.load_state_dict(job.average.mean)
         with job.autocast():
