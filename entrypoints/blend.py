@@ -71,8 +71,34 @@ def run(config: Blend) -> dict[str, Any]:
         _log(run, members, judged, numbers, [blend_file, *(p for p in result.values() if isinstance(p, Path))])
         for line in lines:
             log.info("%s", line)
+        if config.register:
+            result |= _register(run, config, members, judged, name, numbers)
         weights = dict(zip(members.names, np.round(judged.blend.weights, 4).tolist(), strict=True))
         return result | {"weights": weights} | numbers
+
+
+def _register(
+    run: "Run", config: Blend, members: "Lineup", judged: "Verdict", metric: str, numbers: dict[str, float]
+) -> dict[str, Any]:
+    """Pack the blend as one model, register it, and let it take its stage if it has earned that."""
+    import tempfile
+
+    from octofold import lineup, metrics, serving, succession
+
+    oof = lineup.signed_oof(members, judged.cross.values)
+    with tempfile.TemporaryDirectory() as scratch:
+        run.log_artifact(oof.save(Path(scratch) / f"{members.views}.parquet"), "oof")
+        shares = lineup.shares(members, config.bag, judged.blend.params.get("per_fold"))
+        whole = serving.write_blend(
+            Path(scratch) / "blend", f"{config.competition}.blend", judged.blend, members.slots,
+            dict(zip(members.names, shares, strict=True)), members.views, members.rows.hash,
+            {"run_id": run.id, "estimate": numbers},
+        )  # fmt: skip
+        name, version = serving.log_blend(run, serving.pack(whole, Path(scratch) / "packed"))
+    decision = succession.succeed(
+        run, name, version, config.stage, oof, members.rows, metrics.METRICS[metric], config.force, config.seed
+    )
+    return {"model": f"models:/{name}/{version}", "in_stage": decision.moved, "succession": decision.reason}
 
 
 def _outlook(config: Blend, members: "Lineup", judged: "Verdict", said: Any, test: "Manifest") -> "Outlook":

@@ -79,6 +79,7 @@ BETWEEN_WORKFLOWS = {  # the exceptions, each because one writes what the other 
     ("serving", "inference"),
     ("served", "inference"),
     ("succession", "estimate"),
+    ("members", "serving"),
     ("serving", "registry"),
     ("shards", "inference"),  # a big job is inference cut into parts,
     ("results", "inference"),  # and what it leaves behind

@@ -49,6 +49,12 @@ class Train(Recipe):
         "", description="promote the member when all its slots are trained"
     )
     restart: bool = Field(False, description="throw unfinished slots away and train all of them anew")
+    executor: Literal["local", "ray"] = Field(
+        "local", description="processes of this machine, or a Ray cluster (RAY_ADDRESS)"
+    )
+    parallel: int | None = Field(
+        None, ge=1, description="slots trained at once; null = one a GPU, else one per 4 cores and 2 GB of free memory"
+    )
 
 
 class Infer(Section):
@@ -124,6 +130,10 @@ class Blend(Section):
         False, description="let in members trained on other data versions; fit on rows each predicted without training"
     )
     shift: bool = Field(True, description="compare test with training images in a member's embedding")
+    register: bool = Field(True, description="pack the blend as one MLflow model, <competition>.blend")
+    force: bool = Field(
+        False, description="replace the blend in production although the gain over it is not separable; recorded"
+    )
     out: Path | None = Field(None, description="folder for submission.csv and ledger; none = runs/blend/<run id>")
     seed: int = Field(0, ge=0, description="of the bootstrap")
 

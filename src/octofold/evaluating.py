@@ -18,7 +18,7 @@ from octofold.metrics import METRICS, confusion
 from octofold.predictions import Predictions, average, concatenate
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from octofold.plots import Figure
 
 Array = npt.NDArray[Any]
 WORST = 24  # pictures in the grid of the worst samples

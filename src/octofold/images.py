@@ -116,12 +116,8 @@ def fit(image: Image.Image, spec: PixelSpec, path: Path | str = "image") -> tupl
     left, top = (new_width - spec.size) // 2, (new_height - spec.size) // 2
     scale_x = new_width / (pixels.shape[1] * step_x) / spec.size
     scale_y = new_height / (pixels.shape[0] * step_y) / spec.size
-    frame = Frame(
-        scale_x,
-        scale_y,
-        -left / spec.size - margin_x * step_x * scale_x,
-        -top / spec.size - margin_y * step_y * scale_y,
-    )
+    offset_x = -left / spec.size - margin_x * step_x * scale_x
+    frame = Frame(scale_x, scale_y, offset_x, -top / spec.size - margin_y * step_y * scale_y)
     pixels = resize(pixels, new_height, new_width)
     if spec.fit == "pad":
         canvas = np.full((spec.size, spec.size, 3), GREY, np.uint8)

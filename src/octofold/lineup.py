@@ -358,3 +358,18 @@ def test_set(manifest: Manifest) -> Manifest | None:
 
     file = manifest.file.parent / "test.csv" if manifest.file else None
     return read(file) if file is not None and file.exists() else None
+
+
+def signed_oof(lineup: Lineup, values: Array, name: str = "blend") -> Predictions:
+    """Put a name to cross-fitted values ``(N, …)`` of the training rows."""
+    shas = [slot.model_sha for own in lineup.slots.values() for slot in own]
+    return Predictions(
+        sample_ids=lineup.rows.sample_ids,
+        values=values,
+        classes=lineup.rows.classes,
+        manifest_hash=lineup.rows.hash,
+        member=name,
+        model_sha=predictions.bag_sha(shas),
+        views=lineup.views,
+        fold=lineup.rows.fold,
+    )
