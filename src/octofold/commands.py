@@ -37,6 +37,9 @@ class Prepare(Section):
         "drop", description="one image under two labels: leave both out, or stop"
     )
     decisions: Path | None = Field(None, description="journal of review decisions to replay")
+    previous: Path | None = Field(
+        None, description="earlier manifest whose samples keep their folds; none = with --decisions, the one replaced"
+    )
     out: Path | None = Field(None, description="folder to write; none = data/<competition>")
 
 
@@ -130,6 +133,12 @@ class Blend(Section):
         False, description="let in members trained on other data versions; fit on rows each predicted without training"
     )
     shift: bool = Field(True, description="compare test with training images in a member's embedding")
+    public_share: float = Field(0.3, gt=0, lt=1, description="share of the test set behind the public board")
+    register_model: bool = Field(True, description="register the blend as one model, <competition>.blend")
+    promote: Literal["", "staging", "production"] = Field(
+        "", description="move this blend to a stage if its gain over the one there is separable"
+    )
+    force: bool = Field(False, description="promote the blend although its gain is not separable; recorded")
     register: bool = Field(True, description="pack the blend as one MLflow model, <competition>.blend")
     force: bool = Field(
         False, description="replace the blend in production although the gain over it is not separable; recorded"
@@ -189,6 +198,10 @@ class Tune(Section):
     )
     seed: int = Field(0, ge=0, description="of the sampler")
     study: str = Field("", description="study name; the same name resumes. Empty = <competition>.<config name>")
+    executor: Literal["local", "ray"] = Field(
+        "local", description="trials on this machine, or on RAY_ADDRESS's cluster"
+    )
+    parallel: int | None = Field(None, ge=1, description="trials at once; null = as many as the machine bears")
     storage: str = Field(
         "", description="Optuna storage URL; empty = OCTOFOLD_STORAGE (.env), else sqlite in mlruns/optuna.db"
     )

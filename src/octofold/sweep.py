@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from octofold import checkpoint, manifest, models, space, studies, tracking, training, trials, tuning
+from octofold import checkpoint, compute, manifest, models, space, studies, tracking, training, trials, tuning
 from octofold.commands import Tune
 from octofold.compute import Devices, device_setup
 from octofold.config import build, read_yaml
@@ -31,6 +31,7 @@ from octofold.metrics import METRICS
 from octofold.recipe import Model, Recipe
 from octofold.tasks import make_task
 from octofold.trials import Attempt, Plan, Record, Verdict
+from octofold.workers import Job
 
 log = logging.getLogger("octofold")
 LIVE_S = 1.0
@@ -52,9 +53,8 @@ def tune(config: Tune) -> dict[str, Any]:
     """
     table = manifest.read(config.manifest)
     plan = plan_of(config, table)
-    name = config.study or f"{table.competition}.{config.config.stem}"
-    url = config.storage or os.environ.get("OCTOFOLD_STORAGE") or f"sqlite:///{ROOT / 'mlruns' / 'optuna.db'}"
-    storage = studies.open_storage(url)
+    name = name_of(config, table)
+    storage = studies.open_storage(_url(config))
     tracking.client()  # unreachable? then say so before a trial is given out
     study = studies.open_study(name, storage, plan)
     for known in config.warm_start:
@@ -64,13 +64,47 @@ def tune(config: Tune) -> dict[str, Any]:
     resume = before[-1].id if before else None
     with tracking.run("tune", config, table.competition, name, tags, resume_id=resume) as parent:
         parent.log_dataset(table.table, table.competition, "training", str(table.file))
-        runtime = plan.space.base.runtime
-        sweep = Sweep(config, table, plan, study, parent, name, device_setup(runtime.device, runtime.threads))
-        budget = tuning.Budget(config.trials, config.hours, config.slots)
-        how = config.sampler, config.pruner, config.prune_p, config.seed
-        limit = tuning.search(study, plan, sweep.slot, budget, sweep.around, *how)
+        count = config.parallel or compute.bearable(torch.cuda.device_count())
+        if config.executor == "local" and count == 1:
+            limit = _search(config, table, plan, study, parent, 0)
+        else:
+            settings = config.model_dump(mode="json") | {"manifest": str(table.file)}
+            jobs = [Job(f"{name} worker {worker}", (settings, parent.id, worker)) for worker in range(count)]
+            limit = compute.map_jobs(work, jobs, config.executor, count, title="workers")[jobs[0].key]
         log.info("study %s: budget spent (%s)", name, limit)
-        return {"run_id": parent.id, "study": name, **sweep.conclude()}
+        sweep = _sweep(config, table, plan, study, parent)
+        return {"run_id": parent.id, "study": name, **sweep.conclude(parent)}
+
+
+def work(settings: dict[str, Any], parent_id: str, worker: int) -> str:
+    """Run trials of a study that the main process opened, in a process of one's own; return which limit ended it."""
+    config = Tune.model_validate(settings)
+    table = manifest.read(config.manifest)
+    plan = plan_of(config, table)
+    study = studies.open_study(name_of(config, table), studies.open_storage(_url(config)), plan)
+    return _search(config, table, plan, study, parent_id, worker)
+
+
+def _search(config: Tune, table: Manifest, plan: Plan, study: Any, parent: tracking.Run | str, worker: int) -> str:
+    sweep = _sweep(config, table, plan, study, parent)
+    budget = tuning.Budget(config.trials, config.hours, config.slots)
+    how = config.sampler, config.pruner, config.prune_p, config.seed, worker
+    return tuning.search(study, plan, sweep.slot, budget, sweep.around, *how)
+
+
+def _sweep(config: Tune, table: Manifest, plan: Plan, study: Any, parent: tracking.Run | str) -> "Sweep":
+    runtime = plan.space.base.runtime
+    devices = device_setup(runtime.device, runtime.threads)
+    return Sweep(config, table, plan, study, parent, name_of(config, table), devices)
+
+
+def name_of(config: Tune, table: Manifest) -> str:
+    """Return the study's name."""
+    return config.study or f"{table.competition}.{config.config.stem}"
+
+
+def _url(config: Tune) -> str:
+    return config.storage or os.environ.get("OCTOFOLD_STORAGE") or f"sqlite:///{ROOT / 'mlruns' / 'optuna.db'}"
 
 
 def plan_of(config: Tune, table: Manifest) -> Plan:
@@ -121,7 +155,7 @@ class Sweep:
     table: Manifest
     plan: Plan
     study: Any
-    parent: tracking.Run
+    parent: tracking.Run | str
     name: str
     devices: Devices
     runs: dict[tuple[str, int], tracking.Run] = field(default_factory=dict)
@@ -156,8 +190,6 @@ class Sweep:
         run.log_metrics(means)
         recipe = self.plan.space.recipe(attempt.values)
         run.log_text(trials.recipe_text(recipe, recipe.member, []), "recipe.yaml")
-        if attempt.purpose == "trial" and attempt.number not in self.parent.metric_steps("trial/score"):
-            self.parent.log_metrics({f"trial/{name}": mean for name, mean in means.items()}, step=attempt.number)
 
     def _tags(self, attempt: Attempt) -> dict[str, str]:
         return {
@@ -255,7 +287,7 @@ class Sweep:
 
     # ---- the end ----------------------------------------------------------------------------------------------------
 
-    def conclude(self) -> dict[str, Any]:
+    def conclude(self, parent: tracking.Run) -> dict[str, Any]:
         """Confirm the winner, write recipes, table and pictures; return the headline."""
         records = studies.records(self.study)
         best = trials.winner(records, self.plan.higher_is_better[0])
@@ -269,16 +301,21 @@ class Sweep:
         if len(self.plan.objectives) > 1:
             front = trials.pareto(records, self.plan.higher_is_better)
             found |= {f"pareto-{number}": record for number, record in enumerate(front)}
-        paths = {name: self._write(folder / f"{name}.yaml", record, sentence) for name, record in found.items()}
+        paths = {name: self._write(folder / f"{name}.yaml", record, sentence, parent) for name, record in found.items()}
         for path in paths.values():
-            self.parent.log_artifact(path, "recipes")
-        self.parent.log_text(_table(records, self.plan), "trials.csv")
-        self.parent.log_text(sentence + "\n", "verdict.txt")
+            parent.log_artifact(path, "recipes")
+        parent.log_text(_table(records, self.plan), "trials.csv")
+        parent.log_text(sentence + "\n", "verdict.txt")
         for name, figure in studies.figures(self.study, self.plan).items():
-            self.parent.log_figure(figure, f"plots/{name}.png")
+            parent.log_figure(figure, f"plots/{name}.png")
         headline = self._headline(records, base, best, verdict)
-        self.parent.log_metrics({key: float(value) for key, value in headline.items()})
-        self.parent.set_tags({"verdict": sentence})
+        parent.log_metrics({key: float(value) for key, value in headline.items()})
+        told = parent.metric_steps("trial/score")
+        for record in records:
+            if record.number not in told:
+                means = dict(zip(self.plan.objectives, record.means, strict=True))
+                parent.log_metrics({f"trial/{name}": mean for name, mean in means.items()}, step=record.number)
+        parent.set_tags({"verdict": sentence})
         log.info("%s", sentence)
         pareto = {"pareto": [paths[name] for name in paths if name != "best"]} if len(paths) > 1 else {}
         return {"recipe": paths["best"], "verdict": sentence, **pareto, **headline}
@@ -317,12 +354,12 @@ class Sweep:
             headline |= {f"confirm/{key}": numbers[key] for key in ("base", "best", "gain", "low", "high", "noise")}
         return {key: value for key, value in headline.items() if np.isfinite(value)}
 
-    def _write(self, path: Path, record: Record, sentence: str) -> Path:
+    def _write(self, path: Path, record: Record, sentence: str, parent: tracking.Run) -> Path:
         recipe = self.plan.space.recipe(record.values)
         member = f"{recipe.member[:53]}_tuned" if not record.is_base else recipe.member
         scores = ", ".join(f"{name} {mean:.4f}" for name, mean in zip(self.plan.objectives, record.means, strict=True))
         claims = [
-            f"Trial {record.number} of study {self.name}, manifest {self.table.hash[:12]}, run {self.parent.id}.",
+            f"Trial {record.number} of study {self.name}, manifest {self.table.hash[:12]}, run {parent.id}.",
             f"In the search: {scores} ({self.plan.context['metric']} over {len(record.scores)} slots).",
             sentence[0].upper() + sentence[1:] + "." if path.stem == "best" else "Nobody beats it in both at once.",
             f"  python entrypoints/train.py --manifest {self.config.manifest} --config {path}",
