@@ -6,13 +6,14 @@ slot may be repeated without leaving a second trace.
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from octofold import checkpoint, interrupt, manifest, plots, promotion, registry, tracking, training
+from octofold import checkpoint, compute, interrupt, manifest, plots, promotion, registry, serving, tracking, training
 from octofold.commands import Train
 from octofold.compute import Devices, device_setup
 from octofold.files import ROOT, existing
@@ -21,6 +22,8 @@ from octofold.models import read_card
 from octofold.predictions import Predictions, average, concatenate
 from octofold.recipe import Recipe
 from octofold.tasks import make_task
+from octofold.tracking import RunInfo
+from octofold.workers import Job
 
 log = logging.getLogger("octofold")
 
@@ -48,6 +51,7 @@ def train(config: Train) -> dict[str, Any]:
     known = None if config.restart else _latest(tags | {"entry": "train"}, table)
     with tracking.run("train", config, table.competition, recipe.member, tags, resume_id=known) as parent:
         parent.log_dataset(table.table, table.competition, "training", str(table.file))
+        _fill_side_by_side(config, recipe, table, jobs, parent, devices)
         parts: dict[int, list[dict[str, Predictions]]] = {}
         versions = []
         for fold, seed in jobs:
@@ -61,6 +65,38 @@ def train(config: Train) -> dict[str, Any]:
                 parent, table.competition, recipe.member, config.stage, manifest_hash=table.hash, all_folds=table.folds
             )
     return {"run_id": parent.id, "member": recipe.member, "slots": versions, **metrics}
+
+
+def _fill_side_by_side(
+    config: Train,
+    recipe: Recipe,
+    table: Manifest,
+    jobs: Sequence[tuple[int, int]],
+    parent: tracking.Run,
+    devices: Devices,
+) -> None:
+    """Fill the slots that are not filled yet in several processes, here or on a cluster, if that was asked for."""
+    if config.executor == "local" and (config.parallel or compute.bearable(torch.cuda.device_count())) == 1:
+        return
+    if devices.world > 1 or recipe.overfit:
+        return  # an `accelerate launch` shares each slot instead; an overfitting probe is one slot
+    todo = [
+        job
+        for job in jobs
+        if _filled(_runs(config, recipe, table, *job, parent.id), _folder(table, recipe, *job)) is None
+    ]
+    settings = config.model_dump(mode="json") | {"manifest": str(table.file)}
+    named = [Job(f"{recipe.member} f{fold} s{seed}", (settings, fold, seed, parent.id)) for fold, seed in todo]
+    compute.map_jobs(fill_job, named, config.executor, config.parallel, recipe.runtime.threads, title="slots")
+
+
+def fill_job(settings: dict[str, Any], fold: int, seed: int, parent_id: str) -> str:
+    """Fill one slot in a process of its own; return its registered name and version. Bears being begun again."""
+    config = Train.model_validate(settings)
+    table = manifest.read(config.manifest)
+    recipe = Recipe(**{name: getattr(config, name) for name in Recipe.model_fields})
+    devices = device_setup(recipe.runtime.device, recipe.runtime.threads)
+    return _fill(config, recipe, table, fold, seed, parent_id, _tags(recipe, table), devices)[1]
 
 
 def _tags(recipe: Recipe, table: Manifest) -> dict[str, str]:
@@ -108,25 +144,39 @@ def _latest(tags: Mapping[str, str], table: Manifest) -> str | None:
     return found[0].id if found else None
 
 
+def _runs(config: Train, recipe: Recipe, table: Manifest, fold: int, seed: int, parent_id: str) -> list[RunInfo]:
+    """The slot's runs, newest first; if all shall be trained anew, only those of this very call."""
+    tags = _tags(recipe, table) | {"entry": "train.slot", "fold": str(fold), "seed": str(seed)}
+    found = tracking.find_runs(table.competition, tags)
+    return [run for run in found if not config.restart or run.tags.get("mlflow.parentRunId") == parent_id]
+
+
+def _filled(runs: Sequence[RunInfo], folder: Path) -> RunInfo | None:
+    """The run that filled the slot; while its work folder stands, the slot counts as unfinished."""
+    done = bool(runs) and runs[0].status == "FINISHED" and "registered" in runs[0].tags and not folder.exists()
+    return runs[0] if done else None
+
+
 def _fill(
     config: Train,
     recipe: Recipe,
     table: Manifest,
     fold: int,
     seed: int,
-    parent: tracking.Run,
+    parent: tracking.Run | str,
     tags: dict[str, str],
     devices: Devices,
 ) -> tuple[dict[str, Predictions], str]:
     """Fill one slot, unless it is filled; return its OOF by views, and its registered name and version."""
     folder = _folder(table, recipe, fold, seed)
-    mine = tags | {"fold": str(fold), "seed": str(seed)}
-    known = [] if config.restart else tracking.find_runs(table.competition, mine | {"entry": "train.slot"})
-    if known and known[0].status == "FINISHED" and "registered" in known[0].tags and not folder.exists():
-        log.info("fold %d seed %d: already trained (%s)", fold, seed, known[0].tags["registered"])
-        return _stored_oof(known[0].id), known[0].tags["registered"]
+    parent_id = parent if isinstance(parent, str) else parent.id
+    known = _runs(config, recipe, table, fold, seed, parent_id)
+    if (done := _filled(known, folder)) is not None:
+        log.info("fold %d seed %d: already trained (%s)", fold, seed, done.tags["registered"])
+        return _stored_oof(done.id), done.tags["registered"]
     name = f"{recipe.member} f{fold} s{seed}"
-    resume = known[0].id if known and folder.exists() else None
+    mine = tags | {"fold": str(fold), "seed": str(seed)}
+    resume = known[0].id if known and (folder.exists() or known[0].status != "FINISHED") else None
     with tracking.run("train.slot", config, table.competition, name, mine, parent, resume) as run:
         seen = run.metric_steps("train/loss") if resume else set()
 
@@ -141,8 +191,8 @@ def _fill(
             if (folder / extra).is_dir():
                 run.log_artifacts(folder / extra, extra)
         version = "" if recipe.overfit else _register(run, result, fold, seed, tags["recipe_hash"])
-        if resume and parent.id != tracking.get_run(run.id).tags.get("mlflow.parentRunId"):
-            run.set_tags({"mlflow.parentRunId": parent.id})
+        if resume and parent_id != tracking.get_run(run.id).tags.get("mlflow.parentRunId"):
+            run.set_tags({"mlflow.parentRunId": parent_id})
     # Last of all: while the folder stands, the slot counts as unfinished, and every step above bears repeating.
     rubbish = folder.with_name(f".{folder.name}.done")
     shutil.rmtree(rubbish, ignore_errors=True)
@@ -162,7 +212,7 @@ def _register(run: tracking.Run, result: training.SlotResult, fold: int, seed: i
     run.log_figure(
         plots.curves(result.history.drop(columns="phase"), marks=marks, title=f"fold {fold} seed {seed}"), "curves.png"
     )
-    slot = registry.register_slot(run, result.model_folder, {"recipe_hash": recipe_hash})
+    slot = registry.register_slot(run, serving.pack_slot(result.model_folder, folder), {"recipe_hash": recipe_hash})
     version = f"{slot.name}/{slot.version}"
     run.set_tags({"registered": version, "model_sha": card.model_sha})
     return version
