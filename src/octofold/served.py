@@ -5,6 +5,7 @@ class with its probability, or ``<point>_x`` and ``<point>_y`` in pixels of the 
 on the server. Everything needed lies inside the model: no registry and no network are asked.
 """
 
+import os
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,10 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 BATCH = 8  # images per pass: memory does not grow with the request
+ENGINE = (
+    "OCTOFOLD_ENGINE"  # environment: eager, or openvino / auto, which take seconds a fold model at the first request
+)
+ENOUGH = 10_000  # images a server is expected to see: what making an engine must pay for
 MOST_BYTES = 64 * 2**20  # of one image file
 
 
@@ -23,10 +28,11 @@ class Served(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the weights."""
-        from octofold import ensemble
+        from octofold import ensemble, inference
 
         self.crew = ensemble.load(context.artifacts["model"])
-        self.views = self.crew.views or "none"
+        recipe = self.crew.voices[0].card.recipe  # a slot on its own is served with the views of its OOF
+        self.how = inference.How(self.crew.views or recipe.get("tta") or "none", BATCH, os.environ.get(ENGINE, "eager"))
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Predict images.
@@ -60,7 +66,8 @@ class Served(PythonModel):
                     batch.append(decode(bytes(data), where, self.crew.specs))
                 except UserError as error:
                     raise _refuse(str(error)) from error
-            values = inference.predict_looks(self.crew, batch, self.views)
+            inference.equip(self.crew, batch, self.how, ENOUGH)
+            values = inference.predict_looks(self.crew, batch, self.how.views)
             rows.append(values.reshape(len(batch), -1))
         return pd.DataFrame(np.concatenate(rows), columns=names)
 

@@ -1,0 +1,218 @@
+"""Serving: one model with everything inside, the same probabilities, over HTTP too, and a fair succession."""
+
+import base64
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from conftest import House
+from octofold import ensemble, inference, looks, metrics, registry, serving, succession, tracking, versions
+from octofold.combining import Blend
+from octofold.errors import UserError
+from octofold.files import read_json
+from octofold.inference import How
+from octofold.manifest import Manifest
+from octofold.predictions import Predictions
+from test_inference import CLASSES, checkpoint, photos
+
+
+def slot(tmp_path: Path, member: str, fold: int, **card: Any) -> registry.Slot:
+    """Register a packed tiny fold model."""
+    folder = tmp_path / "made" / f"{member}{fold}"
+    checkpoint(folder / "model", fold, member, **card)
+    with tracking.run("train.slot", None, "tiny", tags={"member": member}) as run:
+        return registry.register_slot(run, serving.pack_slot(folder / "model", folder))
+
+
+@pytest.fixture
+def whole(mlruns: Path, tmp_path: Path) -> Path:
+    """A blend of two members (two folds, one fold; other sizes), as a folder."""
+    slots = {"small": [slot(tmp_path, "small", f) for f in (0, 1)], "large": [slot(tmp_path, "large", 0, size=24)]}
+    blend = Blend("simplex", "linear", np.array([0.3, 0.7]))
+    shares = {"small": [0.25, 0.75], "large": [1.0]}
+    return serving.write_blend(tmp_path / "blend", "tiny.blend", blend, slots, shares, "geo4", "m" * 64, {"note": 1})
+
+
+def test_a_blend_on_disk_says_what_its_parts_say(whole: Path, tmp_path: Path) -> None:
+    items = looks.find(photos(tmp_path / "in")[0].parent).items
+    crew = ensemble.load(whole)
+    assert crew.views == "geo4"
+    assert crew.name == "tiny.blend"
+    blended = next(inference.stream(crew, items, How("geo4"))).values
+    about = read_json(whole / "blend.json")
+    expected = np.zeros_like(blended, dtype=np.float64)
+    for member, weight in zip(about["members"], (0.3, 0.7), strict=True):
+        for part in member["slots"]:
+            alone = next(inference.stream(ensemble.load(whole / part["folder"]), items, How("geo4"))).values
+            expected += weight * part["share"] * alone
+    np.testing.assert_allclose(blended, expected, atol=1e-6)
+
+
+def test_replaced_weights_in_a_blend_are_noticed(whole: Path) -> None:
+    first, second, *_ = sorted((whole / "slots").iterdir())
+    shutil.rmtree(first)
+    shutil.copytree(second, first)
+    with pytest.raises(UserError, match="weights with sha256"):
+        ensemble.load(whole)
+
+
+def test_shares_must_fit(mlruns: Path, tmp_path: Path) -> None:
+    slots = {"small": [slot(tmp_path, "small", 0)]}
+    with pytest.raises(UserError, match="1 shares that sum to 1"):
+        serving.write_blend(
+            tmp_path / "b", "tiny.blend", Blend("equal", "linear", np.ones(1)), slots, {"small": [0.5]}, "none", "m"
+        )
+
+
+def test_a_packed_slot_is_an_mlflow_model_and_still_a_checkpoint(mlruns: Path, tmp_path: Path) -> None:
+    made = slot(tmp_path, "small", 0)
+    stored = tracking.fetch_uri(f"models:/{made.name}/{made.version}", "the slot")
+    assert (stored / "MLmodel").exists()
+    assert not list(stored.rglob("*.pkl"))  # no pickle anywhere
+    text = (stored / "requirements.txt").read_text()
+    assert "torch==" in text
+    assert "safetensors==" in text
+    assert all("==" in line for line in text.split())
+    assert registry.fetch(made) == next(stored.glob("artifacts/*"))
+    assert ensemble.load(stored).voices[0].card.member == "small"
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Manifest:
+    """Forty labelled samples."""
+    table = pd.DataFrame(
+        {
+            "sample_id": [f"s{i}" for i in range(40)],
+            "path": "x.png",
+            "label": [CLASSES[i % 3] for i in range(40)],
+            "group": "",
+            "fold": [i % 5 for i in range(40)],
+        }
+    )
+    return Manifest(table, "classify", CLASSES, "tiny", tmp_path)
+
+
+def says(rows: Manifest, right: int) -> Predictions:
+    """Out-of-fold predictions of which so many are right."""
+    target = np.where(np.arange(40) < right, rows.target, (rows.target + 1) % 3)
+    values = np.full((40, 3), 0.1) + 0.7 * np.eye(3)[target]
+    return Predictions(rows.sample_ids, values, CLASSES, rows.hash, "blend", "w", "none", rows.fold)
+
+
+def test_only_a_separable_gain_takes_production(whole: Path, rows: Manifest, tmp_path: Path) -> None:
+    packed = serving.pack(whole, tmp_path / "packed")
+
+    def challenge(right: int, force: bool = False) -> succession.Decision:
+        with tracking.run("blend", None, "tiny") as run:
+            oof = says(rows, right)
+            run.log_artifact(oof.save(tmp_path / "none.parquet"), "oof")
+            name, version = serving.log_blend(run, packed, {"note": str(right)})
+            assert name == "tiny.blend"
+            found = succession.succeed(run, name, version, "production", oof, rows, metrics.METRICS["accuracy"], force)
+        assert tracking.get_run(run.id).tags["succession.moved"] == str(found.moved).lower()
+        return found
+
+    def stands() -> int:
+        return int(versions.registered_model("tiny.blend").aliases["production"])
+
+    assert challenge(20).moved  # the first
+    assert stands() == 1
+    better = challenge(21)  # one row more is luck
+    assert not better.moved
+    assert "not separable" in better.reason
+    assert stands() == 1
+    assert challenge(36).moved
+    assert stands() == 3
+    assert not challenge(10).moved  # separable, downwards
+    assert challenge(10, force=True).reason.startswith("forced")
+    assert stands() == 5
+    crew = ensemble.load(tracking.fetch_uri("models:/tiny.blend@production", "the blend"))
+    assert crew.about["extra"] == {"note": 1}
+
+
+def answer(address: str, cells: list[list[str]]) -> tuple[int, Any]:
+    """Post images to a served model; return the status and the body."""
+    body = json.dumps({"dataframe_split": {"columns": ["image"], "data": cells}}).encode()
+    request = urllib.request.Request(f"{address}/invocations", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            return reply.status, json.loads(reply.read())
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+@pytest.fixture
+def served(whole: Path, tmp_path: Path) -> Iterator[str]:
+    """Address of a server that has nothing but the packed blend: no registry, another place."""
+    folder = serving.pack(whole, tmp_path / "somewhere else" / "packed")
+    shutil.rmtree(whole)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    away = tmp_path / "away"
+    away.mkdir()
+    environment = House(away).environment() | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(folder), "--env-manager", "local"]
+    log = (tmp_path / "server.log").open("w")
+    server = subprocess.Popen(
+        [*command, "-h", "127.0.0.1", "-p", str(port)], cwd=away, env=environment, stdout=log, stderr=log,
+        start_new_session=True,
+    )  # fmt: skip
+    address = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert server.poll() is None, (tmp_path / "server.log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "server.log").read_text()
+            try:
+                urllib.request.urlopen(f"{address}/ping", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield address
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=30)
+        log.close()
+
+
+@pytest.mark.slow
+def test_real_photos_over_http(whole: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Photos as a camera wrote them, by HTTP, give the probabilities that infer writes."""
+    try:
+        source = sorted((request.getfixturevalue("grocery15") / "test").glob("*.jpg"))[:10]
+    except pytest.skip.Exception:
+        source = photos(tmp_path / "in", 10)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for path in source:
+        shutil.copy(path, folder)
+    items = looks.find(folder).items
+    batches = list(inference.stream(ensemble.load(whole), items, How("geo4", 3)))
+    expected = np.concatenate([batch.values for batch in batches])
+    address = request.getfixturevalue("served")
+    cells = [[base64.b64encode(item.path.read_bytes()).decode()] for item in items]
+    status, found = answer(address, cells)
+    assert status == 200, found
+    table = pd.DataFrame(found["predictions"])
+    assert tuple(table.columns) == CLASSES
+    np.testing.assert_allclose(table.to_numpy(), expected, atol=1e-5)
+    for bad in (base64.b64encode(b"no image").decode(), "/etc/passwd", "L2V0Yy9wYXNzd2Q="):
+        status, text = answer(address, [cells[0], [bad]])
+        assert status == 400, text  # the second is no base64 of an image, the third a path in base64
+        assert "root:" not in str(text)
