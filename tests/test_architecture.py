@@ -22,6 +22,11 @@ PARTS = {
     "versions",
     "registry",
     "sources",
+    "findings",
+    "lineage",
+    "grouping",
+    "embedding",
+    "kinship",
     "checks",
     "neighbours",
     "manifest",
@@ -50,6 +55,8 @@ PARTS = {
     "shift",
     "verdict",
     "submission",
+    "ledger",
+    "shakeup",
     "ensemble",
     "looks",
 }
@@ -76,6 +83,10 @@ BETWEEN_WORKFLOWS = {  # the exceptions, each because one writes what the other 
     ("sweep", "tuning"),  # a sweep is a study
     ("sweep", "training"),  # over trainings
     ("lineup", "inference"),  # a lineup is what a stage's models say, so it has to ask them
+    ("assembly", "lineup"),  # the blend's workflow, from a stage
+    ("assembly", "inference"),
+    ("assembly", "serving"),  # to one registered model
+    ("assembly", "succession"),
     ("serving", "inference"),
     ("served", "inference"),
     ("succession", "estimate"),

@@ -134,11 +134,6 @@ class Blend(Section):
     )
     shift: bool = Field(True, description="compare test with training images in a member's embedding")
     public_share: float = Field(0.3, gt=0, lt=1, description="share of the test set behind the public board")
-    register_model: bool = Field(True, description="register the blend as one model, <competition>.blend")
-    promote: Literal["", "staging", "production"] = Field(
-        "", description="move this blend to a stage if its gain over the one there is separable"
-    )
-    force: bool = Field(False, description="promote the blend although its gain is not separable; recorded")
     register: bool = Field(True, description="pack the blend as one MLflow model, <competition>.blend")
     force: bool = Field(
         False, description="replace the blend in production although the gain over it is not separable; recorded"

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -244,10 +244,10 @@ def squares(pixels: PixelCache, title: str) -> Iterator[npt.NDArray[np.uint8]]:
         yield np.stack([pixels.square(row) for row in range(start, min(start + BATCH, len(pixels)))])
 
 
-def votes(lineup: Lineup, test: Manifest) -> Array:
+def votes(lineup: Lineup, test: Manifest, views: str = "") -> Array:
     """Return what each fold model, in the order of `pins`, says of test images: ``(S, T, K)`` or ``(S, T, P, 2)``."""
     slots = [slot for own in lineup.slots.values() for slot in own]
-    said = predict(slots, test, lineup.views)
+    said = predict(slots, test, views or lineup.views)
     return np.stack([one.reorder(lineup.rows.classes).values for one in said])
 
 
@@ -277,7 +277,7 @@ def _own_score(lineup: Lineup, member: int, slot: Slot) -> float:
     return point_mse(values, target) ** -1 if values.ndim == 3 else accuracy(values, target)
 
 
-def bagged(lineup: Lineup, said: Array, parts: Sequence[Array]) -> Array:
+def bagged(said: Array, parts: Sequence[Array]) -> Array:
     """Average fold models within each member: ``(S, T, …)`` votes and shares to ``(M, T, …)``."""
     start, found = 0, []
     for share in parts:
@@ -317,7 +317,14 @@ def signed(lineup: Lineup, test: Manifest, values: Array, name: str = "blend") -
     )
 
 
-def distance(lineup: Lineup, weights: Array, test: Manifest, enough: int = 600) -> Distance:
+class Near(NamedTuple):
+    """Test against train, and for each test image the training images it is most like, with their similarity."""
+
+    distance: Distance
+    images: list[list[tuple[str, float]]]
+
+
+def compare(lineup: Lineup, weights: Array, test: Manifest, enough: int = 600) -> Near | None:
     """Compare test with training images in the embedding of the member that weighs most.
 
     One fold model after another speaks, until `enough` held-out rows were compared.
@@ -332,24 +339,33 @@ def distance(lineup: Lineup, weights: Array, test: Manifest, enough: int = 600) 
         seen += int(held.sum())
         if seen >= enough:
             break
-    return pooled(parts)
+    if not parts:
+        return None
+    paths = lineup.rows.table["path"].to_numpy(str)
+    near = [
+        [(str(paths[row]), float(score)) for row, score in zip(rows, scores, strict=True)]
+        for rows, scores in zip(parts[0].nearest, parts[0].similarity, strict=True)
+    ]
+    return Near(pooled(parts), near)
 
 
-def best_views(config: Any, manifest: Manifest, metric: Metric) -> str:
+def best_views(config: Any, manifest: Manifest, metric: Metric) -> tuple[str, dict[str, float]]:
     """Choose the view set whose OOF blends best, as `tta: auto` does.
 
     Args:
         config: the blend's flags.
         manifest: the training data.
         metric: what is looked at; ties go to fewer views.
+
+    Returns:
+        The choice, and the score of each view set.
     """
     sign = 1 if metric.higher_is_better else -1
     scores = {}
     for views in NESTED:
         found = gather(config.competition, config.stage, config.members, manifest, views, config.mixed)
-        scores[views] = sign * metric.score(found.oof.mean(axis=0), found.rows.target)
-        log.info("views %s: OOF score of the plain mean %.4f", views, sign * scores[views])
-    return max(scores, key=lambda views: scores[views])
+        scores[views] = metric.score(found.oof.mean(axis=0), found.rows.target)
+    return max(scores, key=lambda views: sign * scores[views]), scores
 
 
 def test_set(manifest: Manifest) -> Manifest | None:

@@ -32,7 +32,8 @@ class Distance:
         auc_error: its standard error.
         nn_held: mean cosine similarity of held-out rows to their nearest row among those the model trained on.
         nn_test: the same of test rows.
-        nearest: ``(T,)`` row (in the training features) nearest to each test row.
+        nearest: ``(T, 3)`` rows of the training features nearest to each test row, nearest first.
+        similarity: ``(T, 3)`` their cosine similarity.
     """
 
     auc: float
@@ -40,6 +41,7 @@ class Distance:
     nn_held: float
     nn_test: float
     nearest: npt.NDArray[np.int64]
+    similarity: Array
 
     @property
     def exchangeable(self) -> float:
@@ -62,12 +64,14 @@ def measure(train: Array, held: Array, test: Array, seed: int = 0) -> Distance:
     keys, own, new = (_unit(part - centre) for part in (base, train[held], test))
     similarity = new @ keys.T
     auc, error = adversarial_auc(own, new, seed)
+    order = np.argsort(-similarity, axis=1)[:, :3]
     return Distance(
         auc,
         error,
         float((own @ keys.T).max(axis=1).mean()),
         float(similarity.max(axis=1).mean()),
-        np.flatnonzero(~held)[similarity.argmax(axis=1)],
+        np.flatnonzero(~held)[order],
+        np.take_along_axis(similarity, order, axis=1),
     )
 
 
@@ -78,7 +82,8 @@ def pooled(parts: Sequence[Distance]) -> Distance:
         return float(np.mean([getattr(part, name) for part in parts]))
 
     # The test rows are the same in each part, so the errors are not independent: the mean error stands.
-    return Distance(mean("auc"), mean("auc_error"), mean("nn_held"), mean("nn_test"), parts[0].nearest)
+    first = parts[0]
+    return Distance(mean("auc"), mean("auc_error"), mean("nn_held"), mean("nn_test"), first.nearest, first.similarity)
 
 
 def adversarial_auc(one: Array, other: Array, seed: int = 0) -> tuple[float, float]:
@@ -218,6 +223,15 @@ def _level(share: float) -> float:
     return float(ndtri(np.clip(share, 0.005, 0.9995)))
 
 
+def calibrated(probs: Array, accuracy: float) -> Array:
+    """Temper probabilities ``(T, K)`` until their mean maximum is the accuracy expected of them."""
+
+    def gap(log_power: float) -> float:
+        return abs(float(tempered(probs, np.exp(log_power)).max(axis=1).mean()) - accuracy)
+
+    return tempered(probs, float(np.exp(minimize_scalar(gap, bounds=(-3, 3), method="bounded").x)))
+
+
 def expected_score(probs: Array, accuracy: float, score: Any, reps: int = 40, seed: int = 0) -> float:
     """Any score on the test images, were their labels drawn from probabilities that fit an expected accuracy.
 
@@ -231,10 +245,7 @@ def expected_score(probs: Array, accuracy: float, score: Any, reps: int = 40, se
         seed: of the draws.
     """
 
-    def gap(log_power: float) -> float:
-        return abs(float(tempered(probs, np.exp(log_power)).max(axis=1).mean()) - accuracy)
-
-    chance = tempered(probs, float(np.exp(minimize_scalar(gap, bounds=(-3, 3), method="bounded").x)))
+    chance = calibrated(probs, accuracy)
     steps, rng = chance.cumsum(axis=1), np.random.default_rng(seed)
     draws = [(rng.random((len(probs), 1)) > steps).sum(axis=1).clip(0, probs.shape[1] - 1) for _ in range(reps)]
     return float(np.mean([score(probs, draw) for draw in draws]))

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from octofold import blending, estimate
 from octofold.combining import Blend
 from octofold.estimate import CrossFit, Gain, Interval
+from octofold.manifest import Manifest
 from octofold.metrics import Metric
 
 Array = npt.NDArray[Any]
@@ -90,6 +91,11 @@ def judge(
         ],
         seed_spread=spread,
     )
+
+
+def standard_error(values: Array, rows: Manifest, metric: Metric) -> float:
+    """Standard error over groups of a score of out-of-fold values ``(N, …)``."""
+    return float(estimate.bootstrap([values], rows.target, rows.groups, metric)[0].std())
 
 
 def _seed_spread(blend: Blend, per_seed: Sequence[Array], target: Array, metric: Metric) -> float:

@@ -1,0 +1,160 @@
+"""Shake-up: what the public board will say, what the private one will, and which two submissions to choose.
+
+Worlds are drawn, not assumed: in each, labels of the whole test set and its split into a public and a private part.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from octofold.metrics import Metric
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Worlds:
+    """Scores of C candidates in R drawn worlds.
+
+    Attributes:
+        names: C candidates.
+        public, private: ``(C, R)`` scores, as the metric gives them.
+        sign: 1 if more is better, else -1.
+    """
+
+    names: list[str]
+    public: Array
+    private: Array
+    sign: int
+
+    @property
+    def gap(self) -> tuple[float, float, float]:
+        """Public minus private of the first candidate: 2.5 %, median, 97.5 %."""
+        low, middle, high = np.quantile(self.public[0] - self.private[0], [0.025, 0.5, 0.975])
+        return float(low), float(middle), float(high)
+
+    def flips(self, one: int, other: int) -> float:
+        """Probability that the boards order two candidates differently (a tie on either counts half)."""
+        public, private = (np.sign(part[one] - part[other]) for part in (self.public, self.private))
+        return float(((public * private < 0) + 0.5 * (public * private == 0) * (public != private)).mean())
+
+    @property
+    def regret(self) -> float:
+        """What picking the public best costs on average against the private best, in the metric's units, >= 0."""
+        private = self.sign * self.private
+        picked = (self.sign * self.public).argmax(axis=0)
+        return float((private.max(axis=0) - private[picked, np.arange(private.shape[1])]).mean())
+
+
+def draw(
+    candidates: Sequence[Array],
+    names: Sequence[str],
+    chance: Array,
+    metric: Metric,
+    public_share: float,
+    groups: Array | None = None,
+    reps: int = 1000,
+    seed: int = 0,
+) -> Worlds:
+    """Draw worlds for submissions of the same test images.
+
+    Args:
+        candidates: C arrays ``(T, K)`` of probabilities, the first being the one of interest.
+        names: C names.
+        chance: ``(T, K)`` what the labels may be: calibrated probabilities (`shift.calibrated`), or one-hot rows
+            where labels are known (OOF rows as a stand-in for the test set).
+        metric: of the board.
+        public_share: of the test set, 0..1.
+        groups: ``(T,)``; rows of one group stay on one side. None = every row by itself.
+        reps: worlds.
+        seed: of the draw.
+    """
+    rng = np.random.default_rng(seed)
+    rows = len(chance)
+    _, place = np.unique(np.arange(rows) if groups is None else groups, return_inverse=True)
+    steps = chance.cumsum(axis=1)
+    hits = _hits(candidates, metric)
+    public, private = np.empty((len(candidates), reps)), np.empty((len(candidates), reps))
+    for rep in range(reps):
+        target = (rng.random((rows, 1)) * steps[:, -1:] > steps).sum(axis=1)
+        open_ = _part(place, public_share, rng)
+        for row, values in enumerate(candidates):
+            if hits is not None:
+                right = hits[row] == target
+                public[row, rep], private[row, rep] = right[open_].mean(), right[~open_].mean()
+            else:
+                public[row, rep] = metric.score(values[open_], target[open_])
+                private[row, rep] = metric.score(values[~open_], target[~open_])
+    return Worlds(list(names), public, private, 1 if metric.higher_is_better else -1)
+
+
+def _hits(candidates: Sequence[Array], metric: Metric) -> Array | None:
+    from octofold.metrics import METRICS
+
+    return np.stack([c.argmax(axis=1) for c in candidates]) if metric is METRICS["accuracy"] else None
+
+
+def _part(place: Array, share: float, rng: np.random.Generator) -> Array:
+    """A random set of whole groups that holds about `share` of the rows, never none and never all."""
+    order = rng.permutation(int(place.max()) + 1)
+    sizes = np.bincount(place)[order].cumsum()
+    cut = int(np.clip(np.searchsorted(sizes, share * len(place)) + 1, 1, len(order) - 1))
+    chosen = np.zeros(len(order), bool)
+    chosen[order[:cut]] = True
+    found: Array = chosen[place]
+    return found
+
+
+def two_finals(worlds: Worlds, seen_public: Array | None = None, noise: float | None = None) -> tuple[int, int]:
+    """Choose the pair whose better private score is best on average: the best estimate, and a hedge to it.
+
+    A hedge errs elsewhere; a twin of the first, however good, adds nothing.
+
+    Args:
+        worlds: from `draw`.
+        seen_public: ``(C,)`` public scores that came back, NaN where not submitted. Worlds then count by how well
+            their public scores agree with these, so the board is heard as loudly as its size deserves.
+        noise: standard deviation allowed between a world's public scores and those seen; None = that of the worlds'
+            own public scores, over four.
+
+    Returns:
+        Two indices, the better estimate first (equal where there is only one candidate).
+    """
+    count, reps = worlds.private.shape
+    weight = np.full(reps, 1 / reps)
+    if seen_public is not None and np.isfinite(seen_public).any():
+        told = np.isfinite(seen_public)
+        width = noise or max(float(worlds.public[told].std(axis=1).mean()) / 4, 1e-6)
+        distance = ((worlds.public[told] - seen_public[told, None]) / width) ** 2
+        log_weight = -distance.mean(axis=0) / 2
+        weight = np.exp(log_weight - log_weight.max())
+        weight /= weight.sum()
+    private = worlds.sign * worlds.private
+    first = int((private @ weight).argmax())
+    if count == 1:
+        return first, first
+    hedged = [-np.inf if other == first else float(np.maximum(private[first], private[other]) @ weight)
+              for other in range(count)]  # fmt: skip
+    return first, int(np.argmax(hedged))
+
+
+def told(worlds: Worlds, public_share: float) -> list[str]:
+    """The shake-up in words."""
+    low, _, high = worlds.gap
+    first, second = two_finals(worlds)
+    lines = [
+        f"With {public_share:.0%} of the test set public, public minus private of {worlds.names[0]} will lie in "
+        f"[{low:+.4f}, {high:+.4f}] (95 %) by chance alone."
+    ]
+    for other in range(1, len(worlds.names)):
+        lines.append(
+            f"The boards order {worlds.names[0]} and {worlds.names[other]} differently with probability "
+            f"{worlds.flips(0, other):.2f}."
+        )
+    lines.append(f"Picking the public best of these {len(worlds.names)} costs {worlds.regret:.4f} on average.")
+    if len(worlds.names) > 1:
+        lines.append(f"Two final submissions: {worlds.names[first]} (best estimate), {worlds.names[second]} (hedge).")
+    return lines
