@@ -7,6 +7,7 @@ names its sample by `sample_id`, which is content, so decisions outlive moves, r
 import json
 import os
 import re
+import stat
 import threading
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -130,7 +131,10 @@ class Journal:
         """
         with self._mutex:
             try:
-                size = self.path.stat().st_size
+                status = self.path.stat()
+                if not stat.S_ISREG(status.st_mode):
+                    raise UserError(self.path, expected="a journal (JSON lines)", got="something that is no file")
+                size = status.st_size
                 if size < self._offset:  # somebody put an older copy back: what it says now is the truth
                     self._forget()
                 with self.path.open("rb") as file:
@@ -230,9 +234,10 @@ class Journal:
         return [b"\n"] if file.seek(0, os.SEEK_END) > self._offset else []
 
     def _write(self, file: IO[bytes], lines: list[bytes]) -> None:
+        rest = memoryview(b"".join(lines))
         try:
-            file.write(b"".join(lines))
-            file.flush()
+            while rest:  # a full disk takes a part without complaint, and refuses the next
+                rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
         except OSError as error:
             raise self._unwritable(error) from error
@@ -367,7 +372,8 @@ def _judge(entry: Entry, before: str, is_here: bool, classes: set[str]) -> tuple
 
 
 def _in_memory(entries: Sequence[Entry]) -> Journal:
-    journal = Journal(os.devnull)
+    journal = Journal.__new__(Journal)
+    journal._forget()
     for number, entry in enumerate(entries, start=1):
         journal._lines = number
         journal._take(entry.line().encode())

@@ -11,6 +11,7 @@ import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from flask import Flask, Response, abort, jsonify, request
 from werkzeug.exceptions import HTTPException
@@ -34,8 +35,7 @@ def make_app(desk: Desk, token: str, finish: Callable[[], None] = lambda: None, 
         given = request.path.split("/")[1]
         if not hmac.compare_digest(given.encode(), token.encode()):
             abort(404, "No such page. Open the link that clean printed; each start of clean makes a new one.")
-        host = request.host.rpartition(":")[0].strip("[]") or request.host
-        if loopback and host not in LOOPBACK:  # a foreign name that points at 127.0.0.1
+        if loopback and urlsplit(request.host_url).hostname not in LOOPBACK:  # a foreign name that points at 127.0.0.1
             abort(403, "This page answers to 127.0.0.1 and localhost only.")
 
     @app.after_request
