@@ -4,6 +4,7 @@
     python entrypoints/prepare.py --competition grocery15 --images photos/train --labels photos/train.csv \\
         --test_images photos/test --sample_submission photos/sample_submission.csv
     python entrypoints/prepare.py --competition pets --images folder_of_class_folders/
+    python entrypoints/prepare.py --competition pets --images folder_of_class_folders/ --decisions decisions.jsonl
 
 Raw data stays as it is. A sample's id comes from its content, so moving or renaming a file changes nothing.
 """

@@ -13,6 +13,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 FOUNDATION = {"errors", "files", "config", "store", "outage", "provenance", "spool", "workers"}
 LEAVES = {"recipe", "commands", "metrics", "tta", "tracking", "compute", "plots", "profiling"}
 PARTS = {
+    "validation",
     "calibration",
     "job",
     "interrupt",

@@ -203,6 +203,41 @@ class Tune(Section):
     out: Path | None = Field(None, description="folder for the recipes found; none = runs/tune/<study>")
 
 
+class Relocate(Section):
+    """`mlruns/` was moved or copied to another folder or machine: make its store point at where it is now."""
+
+    old: str = Field("", description="folder mlruns stood in before; empty = found out from the store")
+    dry: bool = Field(False, description="only say what would change")
+
+
+class Gc(Section):
+    """List what nothing refers to in `mlruns/`, and remove it if you say so."""
+
+    yes: bool = Field(False, description="remove without asking; without it and without a terminal, only list")
+    work_days: float = Field(7.0, ge=0, description="unfinished trainings untouched for so many days count, days")
+
+
+class Probe(Recipe):
+    """One idea against another, on the same folds and seeds: paired difference, interval, verdict."""
+
+    manifest: Path = Field(description="manifest.csv that prepare wrote")
+    config: Path | None = Field(None, description="recipe (YAML) that is varied, or the reference; flags override it")
+    field: str = Field("", description="recipe field to vary: augment.preset, model.name, phases.0.lr, ...")
+    values: list[str] = Field([], description="its values; the first is the reference")
+    others: list[Path] = Field([], description="instead of --field: recipes (YAML) to set beside --config")
+    probe_seed: int = Field(0, ge=0, description="of the resampling")
+
+
+class Report(Section):
+    """A competition's history becomes one page: where it stands, how sure that is, what to do next."""
+
+    competition: str = Field(pattern=COMPETITION, description="name of the problem")
+    manifest: Path | None = Field(None, description="manifest.csv; none = data/<competition>/manifest.csv")
+    metric: str = Field("", description="row of metrics.METRICS; empty = the newest blend's, else accuracy or mse")
+    seed: int = Field(0, ge=0, description="of the bootstrap")
+    out: Path | None = Field(None, description="folder for report.html; none = runs/report/<competition>")
+
+
 class Demo(Section):
     """The whole job on scikit-learn's digits."""
 

@@ -82,12 +82,13 @@ class Manifest:
     @property
     def hash(self) -> str:
         """Hex sha256 of what training sees: ids, targets, groups, folds, class order; not paths, not row order."""
-        counted = [name for name in ("label", "fold", *self._point_columns()) if name in self.table]
+        counted = [name for name in ("label", "fold", *self.point_columns()) if name in self.table]
         rows = self.table.assign(group=self.groups)[["sample_id", "group", *counted]].sort_values("sample_id")
         text = rows.to_csv(index=False, float_format="%.4f", lineterminator="\n")
         return sha256_json([self.task, list(self.classes), text])
 
-    def _point_columns(self) -> list[str]:
+    def point_columns(self) -> list[str]:
+        """``<point>_x, <point>_y …`` for keypoints, none for classes."""
         return [f"{name}_{axis}" for name in self.classes for axis in "xy"] if self.task == "keypoints" else []
 
     def take(self, rows: npt.NDArray[Any]) -> "Manifest":
@@ -184,7 +185,7 @@ def _check(manifest: Manifest, path: Path) -> None:
         unknown = sorted(set(table["label"]) - set(manifest.classes))
         if unknown:
             raise UserError(path, expected=f"labels among {preview(manifest.classes, 8)}", got=preview(unknown))
-    for name in manifest._point_columns() if manifest.is_labelled else []:
+    for name in manifest.point_columns() if manifest.is_labelled else []:
         if name not in table:
             raise UserError(path, expected=f"column {name}", got=preview(table.columns, 12))
         number = pd.to_numeric(table[name], errors="coerce")

@@ -1,0 +1,116 @@
+"""Findings: everything odd about the images, by file name, and what was done about it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from octofold.errors import UserError, preview
+
+Ints = npt.NDArray[np.int64]
+COLUMNS = ("set", "file", "sample_id", "kind", "detail", "action")
+
+
+@dataclass
+class Findings:
+    """Rows of ``problems.csv``: ``set`` (train, test), ``file, sample_id, kind, detail, action``."""
+
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+
+    def add(self, where: str, row: Any, kind: str, detail: str = "", action: str = "kept") -> None:
+        """Note something about a row that has ``file`` (or ``path``) and ``sample_id``."""
+        file = getattr(row, "file", None) or getattr(row, "path", "")
+        self.rows.append((where, str(file), str(row.sample_id), kind, detail, action))
+
+    def group(self, name: str) -> None:
+        """Note a group that lies in several folds."""
+        self.rows.append(
+            ("train", "", name.removeprefix("near-"), "group crosses folds", name, "kept: those folds were given")
+        )
+
+    def table(self) -> pd.DataFrame:
+        """All of them."""
+        return pd.DataFrame(self.rows, columns=list(COLUMNS))
+
+
+def settle(table: pd.DataFrame, targets: list[str], conflicts: str, found: Findings) -> Ints:
+    """Decide which rows stay: readable, each content once, no content under two labels.
+
+    Args:
+        table: ``file, sample_id, odd, problem``, the columns `targets`, perhaps ``fold``; a fresh index.
+        targets: columns that must agree between copies of one image.
+        conflicts: ``drop`` or ``refuse``.
+        found: takes what was found.
+
+    Returns:
+        positions of the rows that stay.
+
+    Raises:
+        UserError: `conflicts` is ``refuse`` and there are some; copies in two folds of a folds file.
+    """
+    for row in table[(table["odd"] != "") & (table["problem"] == "")].itertuples():
+        found.add("train", row, str(row.odd))
+    for row in table[table["problem"] != ""].itertuples():
+        found.add("train", row, "unreadable", str(row.problem), "left out")
+    good = table[table["problem"] == ""]
+    copies = good[good["sample_id"].duplicated(keep=False)]
+    distinct = copies.drop_duplicates(["sample_id", *targets])
+    torn = set(distinct["sample_id"][distinct["sample_id"].duplicated()])
+    if torn and conflicts == "refuse":
+        raise UserError(
+            "labels",
+            expected="one label per image content",
+            got=f"{len(torn)} images under two: {preview(copies['file'][copies['sample_id'].isin(torn)])}",
+            fix="mend the labels, or --conflicts drop",
+        )
+    for name, same in copies.groupby("sample_id", sort=False):
+        _settle_copies(same, name in torn, found)
+    kept = ~good["sample_id"].isin(torn) & ~good["sample_id"].duplicated()
+    return good.index[kept].to_numpy(np.int64)
+
+
+def _settle_copies(same: pd.DataFrame, torn: bool, found: Findings) -> None:
+    files = same["file"].tolist()
+    labels = f"; labels {preview(sorted(set(same['label'])))}" if torn and "label" in same else ""
+    for row in same.itertuples() if torn else same.iloc[1:].itertuples():
+        twin = files[0] if row.file != files[0] else files[1]
+        found.add(
+            "train",
+            row,
+            "two labels" if torn else "copy",
+            f"same bytes as {twin}{labels}",
+            "left out" if torn else "merged",
+        )
+    if "fold" in same and same["fold"].nunique() > 1:
+        raise UserError("folds file", expected="copies of an image in one fold", got=f"several for {preview(files)}")
+
+
+def report_pairs(table: pd.DataFrame, pairs: Ints, found: Findings) -> None:
+    """Note near-duplicates among the training images, and whether their labels differ."""
+    files = table["file"].tolist()
+    labels = table["label"].tolist() if "label" in table else [""] * len(table)
+    rows = list(table[["file", "sample_id"]].itertuples())
+    for one, other in pairs.tolist():
+        kind = "near-duplicate, other label" if labels[one] != labels[other] else "near-duplicate"
+        found.add("train", rows[other], kind, f"looks like {files[one]}")
+
+
+def report_shared(table: pd.DataFrame, test: pd.DataFrame, pairs: Ints, found: Findings) -> None:
+    """Note copies and near-duplicates across train and test: no error, but the score on them says little.
+
+    Args:
+        table: the training samples.
+        test: the test samples, ``sample_id, path``.
+        pairs: near-duplicates among both, test rows counted after the training rows.
+    """
+    place: Mapping[str, str] = dict(zip(test["sample_id"], test["path"], strict=True))
+    for row in table[table["sample_id"].isin(place)].itertuples():
+        found.add("train", row, "copy in test", f"same bytes as {place[str(row.sample_id)]}")
+    rows, twins = list(table[["file", "sample_id"]].itertuples()), list(test[["path", "sample_id"]].itertuples())
+    for one, other in pairs[(pairs[:, 0] < len(rows)) & (pairs[:, 1] >= len(rows))].tolist():
+        twin = twins[other - len(rows)]
+        if rows[one].sample_id != twin.sample_id:
+            found.add("train", rows[one], "near-duplicate in test", f"looks like {twin.path}")
