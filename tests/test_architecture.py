@@ -73,8 +73,9 @@ HOME = {  # a heavy dependency and the one file that may say its name
     "matplotlib": {"plots"},
 }
 BETWEEN_WORKFLOWS = {  # the exceptions, each because one writes what the other is for
-    ("training", "inference"),
-    ("training", "features"),
+    ("training", "outcome"),  # the loop, and what it leaves behind
+    ("outcome", "inference"),
+    ("members", "training"),  # a member is trained slots, tracked
     ("review", "cleaning"),
     ("review", "desk"),  # the page without the web framework
     ("desk", "cleaning"),

@@ -17,8 +17,8 @@ from octofold.files import atomic, read_json, sha256_file, sha256_json, write_js
 from octofold.recipe import Recipe
 
 CODE = (
-    "augment", "batches", "checkpoint", "features", "harden", "images", "job", "models", "networks", "optim", "tasks",
-    "training", "weights",
+    "augment", "batches", "checkpoint", "features", "harden", "images", "job", "models", "networks", "optim", "outcome",
+    "tasks", "training", "weights",
 )  # fmt: skip
 """Modules whose text decides what comes out of a training."""
 LIBRARIES = ("albumentations", "timm", "torch")

@@ -1,15 +1,24 @@
-"""Features of a frozen trunk, computed once: a probe over all folds and seeds costs one pass over the pixels."""
+"""Features of a frozen trunk, computed once: a probe over all folds and seeds costs one pass over the pixels.
+
+They lie in ``data/<competition>/cache/features-<key>.npy``, one row per sample, NaN where nobody asked yet. The key
+holds the trunk's weights, the pixels, the view or the augmentation, and the precision.
+"""
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 from tqdm import tqdm
 
+from octofold import engine, tta
 from octofold.batches import Pixels, seed_of
 from octofold.files import ROOT, atomic, sha256_json
 from octofold.images import VERSION, PixelCache
@@ -17,79 +26,129 @@ from octofold.models import Net
 
 log = logging.getLogger("octofold")
 Floats = npt.NDArray[np.float32]
-BATCH = 32
+Ints = npt.NDArray[np.int64]
+BATCH = 16
 
 
-def trunk_sha(net: Net) -> str:
-    """Return the sha256 of everything that decides a feature: the trunk's weights and the normalisation."""
-    digest = hashlib.sha256(repr((net.mean, net.std, net.highpass, type(net.trunk).__name__)).encode())
-    for name, value in sorted(net.trunk.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+class _Trunk(nn.Module):
+    """The trunk as a network of its own, for the engines."""
+
+    def __init__(self, net: Net) -> None:
+        super().__init__()
+        self.net, self.input_size = net, net.input_size
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.net.features(images)
 
 
-def cached_features(
-    net: Net,
-    cache: PixelCache,
-    competition: str,
-    precision: str = "fp32",
-    preset: str = "none",
-    replicas: int = 0,
-    seed: int = 0,
-) -> Floats:
-    """Return the trunk's features of every row of `cache`, from disk if they were ever computed.
+@dataclass
+class FrozenTrunk:
+    """A trunk that does not change any more, and the features it has been asked for.
 
-    Args:
-        net: the network; its trunk is put in eval mode and must not change afterwards.
+    Attributes:
+        net: the network; neither its trunk's weights nor its mode may change while this lives.
         cache: pixels.
         competition: whose cache folder to use.
-        precision: ``fp32`` or ``bf16`` autocast; features of different precision never mix.
-        preset: augmentation; with ``none`` the centre square.
-        replicas: how many augmented versions of each image; 0 = the centre square alone.
-        seed: of the augmentation.
-
-    Returns:
-        ``(N, F)`` float32, or ``(replicas, N, F)``.
+        architecture: what the speed of an engine depends on.
+        precision: ``fp32`` (the fastest engine that equals eager), ``bf16`` or ``fp16`` autocast; never mixed.
     """
-    drawn = [preset, replicas, seed] if replicas else []
-    key = sha256_json(
-        [trunk_sha(net), VERSION, list(cache.spec), cache.sample_ids, precision, torch.__version__, drawn]
-    )
-    path = ROOT / "data" / competition / "cache" / f"features-{key[:24]}.npy"
-    if not path.exists():
-        values = _compute(net, cache, precision, preset, replicas, seed)
-        with atomic(path) as temporary:
-            np.save(temporary, values)
-        log.info("features of the frozen trunk kept in %s", path)
-    found: Floats = np.load(path)
-    return found
 
+    net: Net
+    cache: PixelCache
+    competition: str
+    architecture: str
+    precision: str = "fp32"
 
-def _compute(net: Net, cache: PixelCache, precision: str, preset: str, replicas: int, seed: int) -> Floats:
-    device = next(net.parameters()).device
-    net.trunk.eval()
-    rows = np.arange(len(cache), dtype=np.int64)
-    source = Pixels(cache, np.zeros(len(cache), np.int64), preset)
-    total = len(rows) * max(1, replicas)
-    made: list[Floats] = []
-    with torch.no_grad(), tqdm(total=total, desc="features", unit="img") as bar:
-        for images in _images(source, rows, replicas, seed):
-            inputs = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2)
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                made.append(net.features(inputs).float().cpu().numpy())
-            bar.update(len(images))
-    values = np.concatenate(made)
-    return values.reshape(replicas, len(rows), -1) if replicas else values
+    def of_views(self, views: str = "none", rows: Ints | None = None) -> Floats:
+        """Return the features of rows (None = all) in each view: ``(V, N, F)`` float32."""
+        rows = np.arange(len(self.cache)) if rows is None else rows
+        found = []
+        for view in tta.VIEWS[views]:
 
+            def draw(some: Ints, view: tta.View = view) -> npt.NDArray[np.uint8]:
+                images = torch.from_numpy(np.stack([self.cache.square(int(row)) for row in some]))
+                return np.ascontiguousarray(tta.apply(images.permute(0, 3, 1, 2), view).permute(0, 2, 3, 1).numpy())
 
-def _images(source: Pixels, rows: npt.NDArray[np.int64], replicas: int, seed: int) -> Iterator[npt.NDArray[np.uint8]]:
-    for replica in range(max(1, replicas)):
-        for start in range(0, len(rows), BATCH):
-            block = rows[start : start + BATCH]
-            if replicas:
-                yield source.block(block, seed_of(seed, replica, start))[0]
+            found.append(self._stored(["view", *view], rows, draw, len(tta.VIEWS[views]))[rows])
+        return np.stack(found)
+
+    def of_replicas(self, preset: str, replicas: int) -> Floats:
+        """Return the features of `replicas` augmented versions of every row: ``(R, N, F)`` float32."""
+        source = Pixels(self.cache, np.zeros(len(self.cache), np.int64), preset)
+        rows = np.arange(len(self.cache))
+        found = []
+        for replica in range(replicas):
+
+            def draw(some: Ints, replica: int = replica) -> npt.NDArray[np.uint8]:
+                return source.block(some, seed_of(replica, int(some[0])))[0]
+
+            found.append(self._stored([preset, replica], rows, draw, replicas))
+        return np.stack(found)
+
+    @cached_property
+    def sha(self) -> str:
+        """Sha256 of everything that decides a feature: the trunk's weights, the normalisation, the pixels."""
+        net = self.net
+        digest = hashlib.sha256(repr((net.mean, net.std, net.highpass, self.architecture, VERSION)).encode())
+        digest.update(sha256_json([list(self.cache.spec), self.cache.sample_ids]).encode())
+        for name, value in sorted(net.trunk.state_dict().items()):
+            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _stored(self, how: list[Any], rows: Ints, draw: Callable[[Ints], npt.NDArray[np.uint8]], times: int) -> Floats:
+        """Return all rows' features of one kind, computing those of `rows` that are missing."""
+        key = sha256_json([self.sha, how, self.precision, torch.__version__])[:24]
+        path = ROOT / "data" / self.competition / "cache" / f"features-{key}.npy"
+        values: Floats | None = np.load(path) if path.exists() else None
+        missing = rows if values is None else rows[np.isnan(values[rows, 0])]
+        if len(missing):
+            fresh = np.concatenate(list(self._computed(missing, draw, len(missing) * times)))
+            if values is None:
+                values = np.full((len(self.cache), fresh.shape[1]), np.nan, np.float32)
+            values[missing] = fresh
+            with atomic(path) as temporary:
+                np.save(temporary, values)
+        assert values is not None
+        return values
+
+    def _computed(self, rows: Ints, draw: Callable[[Ints], npt.NDArray[np.uint8]], forwards: int) -> Iterator[Floats]:
+        device = next(self.net.parameters()).device
+        self.net.trunk.eval()
+        with torch.no_grad(), tqdm(total=len(rows), desc="features", unit="img") as bar:
+            for start in range(0, len(rows), BATCH):
+                some = rows[start : start + BATCH]
+                images = torch.from_numpy(draw(some)).to(device).permute(0, 3, 1, 2)
+                yield self._forward(images, forwards)(images).float().cpu().numpy()
+                bar.update(len(some))
+
+    def _forward(self, images: torch.Tensor, forwards: int) -> engine.Forward:
+        """The engine, chosen when the first images are there to measure it with."""
+        if "_engine" not in self.__dict__:
+            if self.precision == "fp32":
+                scale: list[torch.Tensor] = []
+
+                def activate(features: torch.Tensor) -> torch.Tensor:  # to 1e-4 of their spread, 1e-5 of a probability
+                    scale.append(10 * features.std().clamp_min(1e-6)) if not scale else None
+                    return features / scale[0]
+
+                made = engine.make(_Trunk(self.net), f"{self.architecture} trunk", images, activate, forwards)
             else:
-                yield np.stack([source.cache.square(int(row)) for row in block])
+                made = self._halved
+            self.__dict__["_engine"] = made
+        found: engine.Forward = self.__dict__["_engine"]
+        return found
+
+    def _halved(self, images: torch.Tensor) -> torch.Tensor:
+        kind = torch.bfloat16 if self.precision == "bf16" else torch.float16
+        with torch.autocast(images.device.type, kind):
+            return self.net.features(images)
+
+
+def cached_features(net: Net, cache: PixelCache, competition: str) -> Floats:
+    """Return the trunk's exact features of every row, as validation sees it: ``(N, F)`` float32, from disk if known."""
+    net.eval()
+    features: Floats = FrozenTrunk(net, cache, competition, type(net.trunk).__name__).of_views()[0]
+    return features
 
 
 def clear(competition: str) -> int:

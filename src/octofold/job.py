@@ -16,7 +16,7 @@ from octofold import calibration, checkpoint, harden, models, optim
 from octofold.batches import Batches, Features, Order, Pixels, seed_of
 from octofold.compute import Devices
 from octofold.errors import UserError, preview
-from octofold.features import cached_features
+from octofold.features import FrozenTrunk
 from octofold.images import PixelCache, PixelSpec, open_cache
 from octofold.manifest import Manifest
 from octofold.metrics import METRICS
@@ -85,6 +85,16 @@ class Job:
     def sign(self) -> int:
         """1 if a larger metric is better, else -1."""
         return 1 if METRICS[self.metric].higher_is_better else -1
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """How weights and images lie in memory."""
+        return torch.channels_last if self.runtime["channels_last"] else torch.contiguous_format
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether no phase moves the trunk."""
+        return all(phase.train == "head" for phase in self.recipe.phases)
 
     @property
     def held_out_rows(self) -> Ints:
@@ -189,7 +199,6 @@ def open_job(
         torch.set_num_threads(runtime["threads"])  # the number of threads decides the order of sums
     else:
         runtime = devices.from_main(calibration.choose(recipe, net, devices.device) if devices.is_main else None)
-    net = net.to(memory_format=torch.channels_last if runtime["channels_last"] else torch.contiguous_format)
     cache = open_cache(manifest, PixelSpec.of(recipe.model)) if devices.is_main else None
     devices.wait()
     cache = cache or open_cache(manifest, PixelSpec.of(recipe.model))
@@ -220,6 +229,7 @@ def open_job(
         scale=optim.LossScale(runtime["precision"] == "fp16"),
         saved=saved,
     )
+    job.net.to(memory_format=job.layout)
     if saved is not None:
         job.restore(saved)
     return job
@@ -281,6 +291,7 @@ def enter(job: Job, number: int) -> Part:
         features = _features(job)
         drawn = features if preset == "none" else _features(job, str(preset), phase.replicas)
         source = Features(drawn, job.unit_target)
+        job.net.to(memory_format=job.layout)  # an engine may have laid the weights out otherwise
     groups = optim.parameter_groups(
         job.net, recipe.optim, head_only, models.depths(job.net) if recipe.optim.layer_decay < 1 else None
     )
@@ -343,13 +354,24 @@ def _is_cacheable(job: Job, preset: str | list[str], phase: Phase) -> bool:
     return phase.train == "head" and (preset == "none" or drawn) and not job.mixes
 
 
+def frozen_trunk(job: Job) -> FrozenTrunk:
+    """The job's trunk with its cached features; valid while no phase moves the trunk."""
+    model = job.recipe.model
+    architecture = f"{model.name} {model.input_size} {'highpass' if job.net.highpass else ''}"
+    precision = job.runtime["precision"]
+    return FrozenTrunk(job.net, job.cache, job.manifest.competition, architecture, precision)
+
+
 def _features(job: Job, preset: str = "none", replicas: int = 0) -> Floats:
     """Features of all rows, ``(N, F)`` or ``(replicas, N, F)``; computed by the main process, read by all."""
-    how = job.net, job.cache, job.manifest.competition, job.runtime["precision"], preset, replicas
-    if job.devices.is_main:
-        found = cached_features(*how)
+
+    def read() -> Floats:
+        trunk = frozen_trunk(job)
+        return trunk.of_replicas(preset, replicas) if replicas else trunk.of_views()[0]
+
+    found = read() if job.devices.is_main else None
     job.devices.wait()
-    return found if job.devices.is_main else cached_features(*how)
+    return read() if found is None else found
 
 
 def _weigh(job: Job) -> Callable[[Ints], float]:

@@ -9,50 +9,28 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import pandas as pd
 import torch
 
-from octofold import checkpoint, models, optim, profiling
+from octofold import checkpoint, optim, profiling
 from octofold.batches import MicroBatch, seed_of
 from octofold.compute import Devices, device_setup
-from octofold.errors import UserError
-from octofold.files import atomic, read_json, write_json
-from octofold.inference import predict_rows
 from octofold.interrupt import StopRequest
 from octofold.job import Job, Part, enter, open_job, set_mode
 from octofold.job import metric_of as metric_of
 from octofold.manifest import Manifest
-from octofold.predictions import Predictions
+from octofold.outcome import SlotResult as SlotResult
+from octofold.outcome import finish, read_result
 from octofold.recipe import Recipe
+from octofold.validation import diverged, validate
 
 log = logging.getLogger("octofold")
 Report = Callable[[int, dict[str, float]], None]
-VALID_BATCH = 64
 MOST_SKIPPED = 10
 """Steps in a row whose gradients may overflow before the training is given up."""
-
-
-@dataclass
-class SlotResult:
-    """What a slot leaves behind.
-
-    Attributes:
-        model_folder: checkpoint folder of the chosen weights.
-        oof: for each nested view set, predictions of the held-out rows.
-        history: one row per epoch.
-        metrics: ``oof/<metric>`` and others, by their MLflow names.
-    """
-
-    model_folder: Path
-    oof: dict[str, Predictions]
-    history: pd.DataFrame
-    metrics: dict[str, float]
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
@@ -99,7 +77,7 @@ def train_slot(
                 continue
             part = enter(job, number)
             if phase.keep_start and now.epoch == now.step == 0:
-                _keep_best(job, _validate(job, part.features)[f"valid/{job.metric}"], len(now.history) - 1)
+                _keep_best(job, validate(job, part.features)[f"valid/{job.metric}"], len(now.history) - 1)
                 set_mode(job, part)
             while now.epoch < phase.epochs and not _is_over(job):
                 for batch in part.batches.stream(number, now.epoch, now.step):
@@ -119,7 +97,8 @@ def train_slot(
                     _save(job, clock, part)
             now.phase, now.epoch = number + 1, 0
             job.saved = None
-    return _finish(job)
+    _save(job, checkpoint.Clock(0), None)
+    return finish(job)
 
 
 def _update(job: Job, part: Part, batch: list[MicroBatch]) -> float:
@@ -163,7 +142,7 @@ def _gradients(job: Job, part: Part, batch: list[MicroBatch], seed: int) -> floa
     job.devices.sum_gradients(part.parameters)
     mean = job.devices.sum(total.item())
     if not math.isfinite(mean):
-        raise _diverged(job, mean)
+        raise diverged(job, mean)
     return mean
 
 
@@ -193,24 +172,13 @@ def _is_over(job: Job) -> bool:
     return len(values) - 1 - int(gains.argmax()) >= patience
 
 
-def _diverged(job: Job, loss: float) -> UserError:
-    now = job.progress
-    return UserError(
-        f"{job.name}: phase {now.phase} epoch {now.epoch} step {now.step}",
-        expected="a finite loss",
-        got=str(loss),
-        fix=f"lower optim.lr (now {job.recipe.optim.lr:g}), lengthen the warm-up, set optim.clip_norm, or "
-        "--runtime.precision fp32",
-    )
-
-
 def _count_skipped(job: Job, finite: bool) -> None:
     now = job.progress
     now.skipped = 0 if finite else now.skipped + 1
     if now.skipped and not job.scale.enabled:
         log.warning("phase %d epoch %d step %d: gradients overflowed, step left out", now.phase, now.epoch, now.step)
     if now.skipped >= MOST_SKIPPED * (3 if job.scale.enabled else 1):
-        raise _diverged(job, math.inf)
+        raise diverged(job, math.inf)
 
 
 # ---- epochs ---------------------------------------------------------------------------------------------------------
@@ -225,7 +193,7 @@ def _finish_epoch(job: Job, part: Part) -> dict[str, float]:
     row: dict[str, Any] = {"phase": part.phase.name, "train/loss": float(np.mean(now.losses)), "lr": rate}
     averaged = recipe.average.kind == "ema" and bool(job.average.mean)
     with _weights(job, job.average.mean if averaged else None):
-        row |= _validate(job, part.features)
+        row |= validate(job, part.features)
         _keep_best(job, row[f"valid/{job.metric}"], len(now.history))
     set_mode(job, part)
     now.history.append(row)
@@ -246,37 +214,6 @@ def _weights(job: Job, other: dict[str, torch.Tensor] | None) -> Iterator[None]:
         job.net.load_state_dict(own)
 
 
-def _validate(job: Job, features: npt.NDArray[np.float32] | None) -> dict[str, float]:
-    """Score the held-out rows: ``valid/loss`` (without smoothing or class weights) and the metrics."""
-    job.net.eval()
-    rows = job.devices.share(job.valid_rows)  # type: ignore[arg-type]
-    plain = job.recipe.loss.model_copy(update={"label_smoothing": 0.0})
-    parts, loss = [], 0.0
-    with torch.inference_mode(), job.autocast():
-        for start in range(0, len(rows), VALID_BATCH):
-            some = np.asarray(rows[start : start + VALID_BATCH])
-            if features is not None:
-                logits = job.net.head(torch.from_numpy(features[some]).to(job.devices.device))
-            else:
-                images = torch.from_numpy(np.stack([job.cache.square(int(row)) for row in some]))
-                logits = job.forward(job.laid_out(images.to(job.devices.device).permute(0, 3, 1, 2)))
-            wanted = torch.from_numpy(job.unit_target[some]).to(job.devices.device)
-            loss += float(job.task.loss(logits.float(), wanted, plain)) * len(some)
-            parts.append(job.task.activate(logits).float().cpu().numpy())
-    gathered = job.devices.gather((np.asarray(rows), np.concatenate(parts) if parts else None, loss))
-    order = np.concatenate([part[0] for part in gathered])
-    values = np.concatenate([part[1] for part in gathered if part[1] is not None])[np.argsort(order)]
-    if not np.isfinite(values).all():
-        raise _diverged(job, math.nan)
-    order = np.sort(order)
-    if values.ndim == 3:
-        values = np.stack([job.cache.frames[row].to_pixels(v) for row, v in zip(order, values, strict=True)])
-    metrics = {"valid/loss": sum(part[2] for part in gathered) / len(order)}
-    for name in dict.fromkeys([job.metric, job.task.default_metric]):
-        metrics[f"valid/{name}"] = job.task.score(values, job.target[order], name)
-    return metrics
-
-
 def _keep_best(job: Job, value: float, epoch: int) -> None:
     best, sign = job.progress.best, job.sign
     if job.recipe.select == "last" or not best or sign * value > sign * best["value"]:
@@ -287,110 +224,3 @@ def _keep_best(job: Job, value: float, epoch: int) -> None:
 def _save(job: Job, clock: checkpoint.Clock, part: Part | None) -> None:
     if job.devices.is_main:
         clock.save(job.folder, job.state(part.optimizer if part else None))
-
-
-# ---- the end --------------------------------------------------------------------------------------------------------
-
-
-def _finish(job: Job) -> SlotResult:
-    """Choose the weights, predict the held-out rows, write everything, and only then say that it is done."""
-    _save(job, checkpoint.Clock(0), None)
-    chosen = _choose(job)
-    if job.devices.is_main:
-        best = job.progress.best
-        card = models.ModelCard(
-            recipe=job.recipe.model_dump(mode="json", include=set(Recipe.model_fields)),
-            task=job.manifest.task,
-            classes=job.manifest.classes,
-            competition=job.manifest.competition,
-            member=job.recipe.member,
-            fold=job.fold,
-            seed=job.seed,
-            manifest_hash=job.manifest.hash,
-            swap=job.manifest.info.get("swap"),
-            info={"chosen": chosen, "epoch": best["epoch"], f"valid/{job.metric}": best["value"], **job.runtime},
-        )
-        card = models.write_model(job.folder / "model", job.net, card)
-        oof = _predict_held_out(job, card)
-        for views, predictions in oof.items():
-            predictions.save(job.folder / "oof" / f"{views}.parquet")
-        history = pd.DataFrame(job.progress.history)
-        history.insert(0, "epoch", np.arange(len(history)))
-        with atomic(job.folder / "history.csv") as temporary:
-            history.to_csv(temporary, index=False)
-        write_json(
-            job.folder / "done.json",
-            {"metrics": _oof_metrics(job, oof), "model_sha": card.model_sha, "views": list(oof)},
-        )
-        (job.folder / "checkpoint.pt").unlink(missing_ok=True)
-    job.devices.wait()
-    return read_result(job.folder)
-
-
-def _oof_metrics(job: Job, oof: dict[str, Predictions]) -> dict[str, float]:
-    """``oof/<metric>`` with the recipe's views, and ``oof.<views>/<metric>`` for each set nested in them."""
-    rows = job.scored_rows
-    truth, ids = job.target[rows], job.manifest.sample_ids[rows]
-    metrics = {}
-    for name in dict.fromkeys([job.metric, job.task.default_metric]):
-        for views, predictions in oof.items():
-            metrics[f"oof.{views}/{name}"] = job.task.score(predictions.take(ids).values, truth, name)
-        metrics[f"oof/{name}"] = metrics[f"oof.{job.recipe.tta}/{name}"]
-    return metrics
-
-
-def _choose(job: Job) -> str:
-    """Put the chosen weights into the network: the best epoch's, the last, or the averaged ones if they are better."""
-    best, sign = job.progress.best, job.sign
-    if job.recipe.average.kind == "swa" and job.average.mean:
-        job.net.load_state_dict(job.average.mean)
-        with job.autocast():
-            optim.refresh_statistics(job.net, _plain_batches(job))
-        value = _validate(job, None)[f"valid/{job.metric}"]
-        if job.recipe.select == "last" or sign * value >= sign * best["value"]:
-            job.progress.best = best | {"value": value}
-            return "swa"
-    job.net.load_state_dict(best["weights"])
-    return "last" if job.recipe.select == "last" else "best"
-
-
-def _plain_batches(job: Job) -> Iterator[torch.Tensor]:
-    """Training rows as validation would see them, in order."""
-    rows = job.train_rows
-    for start in range(0, len(rows), VALID_BATCH):
-        images = np.stack([job.cache.square(int(row)) for row in rows[start : start + VALID_BATCH]])
-        yield torch.from_numpy(images).to(job.devices.device).permute(0, 3, 1, 2)
-
-
-def _predict_held_out(job: Job, card: models.ModelCard) -> dict[str, Predictions]:
-    rows = job.held_out_rows
-    squares = (
-        np.stack([job.cache.square(int(row)) for row in rows[start : start + 8]]) for start in range(0, len(rows), 8)
-    )
-    frames = [job.cache.frames[row] for row in rows]
-    values = predict_rows(job.net, card, squares, frames, job.recipe.tta)
-    return {
-        views: Predictions(
-            sample_ids=job.manifest.sample_ids[rows],
-            values=found,
-            classes=job.manifest.classes,
-            manifest_hash=card.manifest_hash,
-            member=card.member,
-            model_sha=card.model_sha,
-            views=views,
-            fold=np.full(len(rows), job.fold),
-            seed=job.seed,
-        )
-        for views, found in values.items()
-    }
-
-
-def read_result(folder: Path) -> SlotResult:
-    """Read a finished slot back.
-
-    Raises:
-        UserError: it is not finished.
-    """
-    done = read_json(folder / "done.json", "a finished slot")
-    oof = {views: Predictions.load(folder / "oof" / f"{views}.parquet") for views in done["views"]}
-    return SlotResult(folder / "model", oof, pd.read_csv(folder / "history.csv"), done["metrics"])
