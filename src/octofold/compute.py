@@ -186,9 +186,12 @@ def _on_ray(
     told = {name: os.environ[name] for name in ("OCTOFOLD_HOME", "MLFLOW_TRACKING_URI") if os.environ.get(name)}
     told = {name: value for name, value in told.items() if redact(value) == value}  # a password is each node's own
     told["OMP_NUM_THREADS"] = str(threads or 1)
-    task = ray.remote(call).options(num_cpus=threads or 1, num_gpus=gpus, max_retries=retries, retry_exceptions=False)
+    task = ray.remote(call)
+    asked = {"num_cpus": threads or 1, "num_gpus": gpus, "max_retries": retries, "retry_exceptions": False}
     left = {
-        task.options(name=job.key).remote(function.__module__, function.__qualname__, job.arguments, told): job.key
+        task.options(name=job.key, **asked).remote(
+            function.__module__, function.__qualname__, job.arguments, told
+        ): job.key
         for job in jobs
     }
     results = {}

@@ -1,0 +1,101 @@
+"""mlruns/ can be moved, and cleaned of what nothing refers to, of nothing else."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from octofold import storage, tracking, versions
+from octofold.errors import UserError
+
+
+def _use(monkeypatch: pytest.MonkeyPatch, mlruns: Path) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{mlruns / 'mlflow.db'}")
+
+
+@pytest.fixture
+def filled(mlruns: Path) -> dict[str, str]:
+    """A store with a registered run and a loose one; returns their ids."""
+    ids = {}
+    for name in ("registered", "loose"):
+        with tracking.run("train.slot", None, "pets", name=name) as run:
+            run.log_text("weights", "model/model.safetensors")
+            run.log_text("{}", "model/model.json")
+            ids[name] = run.id
+    versions.ensure_registered("pets.tiny.f0.s0", {})
+    place = tracking.get_run(ids["registered"]).artifact_uri
+    tracking.client().create_model_version("pets.tiny.f0.s0", f"{place}/model", run_id=ids["registered"])
+    return ids
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_moved_store_finds_its_artifacts(
+    mlruns: Path, filled: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, named: bool
+) -> None:
+    new = tmp_path / "another house" / "mlruns"
+    new.parent.mkdir()
+    shutil.move(mlruns, new)
+    _use(monkeypatch, new)
+    with pytest.raises(UserError, match="relocate"):
+        tracking.download(filled["loose"], "model")
+    dry = storage.relocate(dry=True)
+    changed = storage.relocate(str(mlruns) if named else "")
+    assert changed == dry
+    assert {"experiments.artifact_location", "runs.artifact_uri", "model_versions.source"} <= set(changed)
+    assert tracking.download(filled["loose"], "model").is_relative_to(new)
+    source = versions.existing_version("pets.tiny.f0.s0", 1).source
+    assert (tracking.fetch_uri(source, "it") / "model.safetensors").read_text() == "weights"
+    assert storage.relocate() == {}
+    with tracking.run("train", None, "pets") as run:
+        run.log_text("new", "new.txt")
+    assert tracking.download(run.id, "new.txt").is_relative_to(new)
+
+
+def test_a_neighbour_with_a_longer_name_is_left_alone(mlruns: Path, filled: dict[str, str]) -> None:
+    beside = f"{mlruns.as_uri()}-old/artifacts/x"
+    tracking.client().create_experiment("beside", artifact_location=beside)
+    storage.relocate()
+    assert tracking.client().get_experiment_by_name("beside").artifact_location == beside
+
+
+@pytest.mark.parametrize(
+    ("address", "old", "words"),
+    [
+        ("http://127.0.0.1:9", "", "a local sqlite store"),
+        ("sqlite:////nowhere/mlruns/mlflow.db", "", "the store that was moved"),
+        ("", "/never/was/here", "nothing in the store is there"),
+    ],
+)
+def test_relocate_refuses(mlruns: Path, monkeypatch: pytest.MonkeyPatch, address: str, old: str, words: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address or f"sqlite:///{mlruns / 'mlflow.db'}")
+    with pytest.raises(UserError, match=words):
+        storage.relocate(old)
+
+
+def test_gc_finds_rubbish_and_nothing_else(mlruns: Path, filled: dict[str, str]) -> None:
+    assert storage.rubbish() == []
+    unknown = mlruns / "artifacts" / "pets" / ("0" * 32)
+    work = [mlruns / "work" / "pets" / "tiny" / name for name in ("f0.s0", "f1.s0")]
+    cached = mlruns / "cache" / "f00d"
+    for folder in (unknown, *work, cached):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text("something")
+    os.utime(work[0] / "file", (0, 0))
+    for run_id in filled.values():
+        tracking.client().delete_run(run_id)  # the registered one is still needed
+    found = storage.rubbish()
+    loose = mlruns / "artifacts" / "pets" / filled["loose"]
+    assert {item.path for item in found} == {unknown, work[0], cached, loose}
+    assert {item.run_id for item in found} == {"", filled["loose"]}
+
+
+@pytest.mark.slow
+def test_gc_removes_it(mlruns: Path, filled: dict[str, str]) -> None:
+    tracking.client().delete_run(filled["loose"])
+    found = storage.rubbish()
+    assert storage.remove(found) == sum(item.bytes for item in found) > 0
+    assert storage.rubbish() == []
+    with pytest.raises(UserError, match="run"):
+        tracking.get_run(filled["loose"])
+    assert tracking.download(filled["registered"], "model").exists()
