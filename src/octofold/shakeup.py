@@ -56,6 +56,7 @@ def draw(
     metric: Metric,
     public_share: float,
     groups: Array | None = None,
+    resample: bool = False,
     reps: int = 1000,
     seed: int = 0,
 ) -> Worlds:
@@ -69,6 +70,9 @@ def draw(
         metric: of the board.
         public_share: of the test set, 0..1.
         groups: ``(T,)``; rows of one group stay on one side. None = every row by itself.
+        resample: for labels that are known. Each world is a population drawn from these rows, whole groups with
+            replacement, and each side a sample of that population: so a candidate that is better than its OOF says is
+            so on both boards. Without it a good public part would leave a bad private one.
         reps: worlds.
         seed: of the draw.
     """
@@ -80,14 +84,16 @@ def draw(
     public, private = np.empty((len(candidates), reps)), np.empty((len(candidates), reps))
     for rep in range(reps):
         target = (rng.random((rows, 1)) * steps[:, -1:] > steps).sum(axis=1)
-        open_ = _part(place, public_share, rng)
+        is_open = _part(place, public_share, rng)
+        sides = [np.flatnonzero(side) for side in (is_open, ~is_open)]
+        if resample:
+            sides = _resampled(sides, place, rng)
         for row, values in enumerate(candidates):
-            if hits is not None:
-                right = hits[row] == target
-                public[row, rep], private[row, rep] = right[open_].mean(), right[~open_].mean()
-            else:
-                public[row, rep] = metric.score(values[open_], target[open_])
-                private[row, rep] = metric.score(values[~open_], target[~open_])
+            for board, side in zip((public, private), sides, strict=True):
+                if hits is not None:
+                    board[row, rep] = (hits[row, side] == target[side]).mean()
+                else:
+                    board[row, rep] = metric.score(values[side], target[side])
     return Worlds(list(names), public, private, 1 if metric.higher_is_better else -1)
 
 
@@ -105,6 +111,18 @@ def _part(place: Array, share: float, rng: np.random.Generator) -> Array:
     chosen = np.zeros(len(order), bool)
     chosen[order[:cut]] = True
     found: Array = chosen[place]
+    return found
+
+
+def _resampled(sides: Sequence[Array], place: Array, rng: np.random.Generator) -> list[Array]:
+    """Rows of each side anew: groups of a population that is itself a bootstrap of the groups."""
+    order = np.argsort(place, kind="stable")
+    starts = np.searchsorted(place[order], np.arange(int(place.max()) + 2))
+    population = rng.integers(len(starts) - 1, size=len(starts) - 1)
+    found = []
+    for side in sides:
+        chosen = rng.choice(population, size=len(np.unique(place[side])))
+        found.append(np.concatenate([order[starts[group] : starts[group + 1]] for group in chosen]))
     return found
 
 

@@ -40,7 +40,13 @@ def write(predictions: Predictions, test: Manifest, path: Path | str, label_type
             fix="put the images in the folder of --test_images and run prepare again",
         )
     speaks = predictions.reorder(test.classes) if test.classes else predictions
-    values = speaks.take([rows[name] for name in order]).values
+    place = {sample_id: row for row, sample_id in enumerate(speaks.sample_ids.tolist())}
+    silent = [name for name in order if rows[name] not in place]
+    if silent:
+        raise UserError(
+            f"member '{speaks.member}'", expected="a prediction for every row", got=f"none: {preview(silent)}"
+        )
+    values = speaks.values[[place[rows[name]] for name in order]]  # one content under two names: two equal rows
     table = pd.DataFrame(_columns(values, speaks.classes, test, columns, order, label_type), columns=columns)
     with atomic(path) as temporary:
         table.to_csv(temporary, index=False, lineterminator="\n", float_format="%.7g")

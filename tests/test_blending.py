@@ -1,0 +1,186 @@
+"""Every row of METHODS keeps the same promises; the exact programs are exact."""
+
+import json
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from scipy.optimize import minimize
+
+from octofold import blending, solvers
+from octofold.combining import RULES, Blend
+from octofold.errors import UserError
+from octofold.metrics import METRICS, accuracy, brier, log_loss, point_mse
+
+Array = npt.NDArray[Any]
+
+
+def members(strengths: tuple[float, ...] = (1.0, 1.5, 2.0, 0.3), rows: int = 600, classes: int = 5) -> Any:
+    """Members that know the truth more or less well: ``(M, N, K)``, target, fold."""
+    rng = np.random.default_rng(0)
+    target = rng.integers(0, classes, rows)
+    logits = rng.normal(size=(len(strengths), rows, classes))
+    logits[:, np.arange(rows), target] += np.array(strengths)[:, None]
+    probs = np.exp(2 * logits)
+    return (probs / probs.sum(axis=2, keepdims=True)).astype(np.float32), target, np.arange(rows) % 5
+
+
+@pytest.mark.parametrize("method", blending.METHODS)
+def test_result_is_probabilities_and_survives_json(method: str) -> None:
+    probs, target, fold = members()
+    blend = blending.fit(method, probs, target, fold)
+    assert blend.rule in RULES
+    assert blend.weights.min() >= 0
+    assert blend.weights.sum() == pytest.approx(1)
+    blended = blend.apply(probs)
+    assert blended.shape == probs.shape[1:]
+    assert blended.min() >= 0
+    np.testing.assert_allclose(blended.sum(axis=1), 1, atol=1e-5)
+    again = Blend.from_dict(json.loads(json.dumps(blend.to_dict())))
+    np.testing.assert_array_equal(again.apply(probs), blended)
+
+
+@pytest.mark.parametrize("method", blending.METHODS)
+def test_one_member_is_itself(method: str) -> None:
+    probs, target, fold = members((1.0,))
+    np.testing.assert_allclose(blending.fit(method, probs, target, fold).apply(probs), probs[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("method", blending.METHODS)
+def test_rows_that_may_not_be_seen_change_nothing(method: str) -> None:
+    """The leak probe: garbage in the held-out rows, the same blend out."""
+    probs, target, fold = members()
+    garbled, wrong = probs.copy(), target.copy()
+    garbled[:, fold == 0] = probs[:, fold == 0, ::-1]
+    wrong[fold == 0] = (target[fold == 0] + 1) % 5
+    one = blending.fit(method, probs, target, fold, fold != 0)
+    other = blending.fit(method, garbled, wrong, fold, fold != 0)
+    np.testing.assert_allclose(one.apply(probs), other.apply(probs), atol=1e-6)
+
+
+@pytest.mark.parametrize("method", blending.METHODS)
+def test_twins_constants_and_a_class_absent_from_a_fold_are_no_trouble(method: str) -> None:
+    probs, target, fold = members((1.0, 2.0))
+    constant = np.full_like(probs[:1], 1 / probs.shape[2])
+    odd = np.concatenate([probs, probs[1:], constant])
+    fold = np.where(target == 4, 0, 1 + fold % 4)  # class 4 is in fold 0 only
+    for rows in (None, fold != 0):
+        blend = blending.fit(method, odd, target, fold, rows)
+        assert np.isfinite(blend.apply(odd)).all()
+        assert accuracy(blend.apply(odd), target) > accuracy(constant[0], target)
+
+
+@pytest.mark.parametrize("method", blending.METHODS)
+def test_rows_are_blended_one_by_one(method: str) -> None:
+    """A row's blend does not depend on which others come with it: the blend can be served."""
+    probs, target, fold = members()
+    blend = blending.fit(method, probs, target, fold)
+    np.testing.assert_allclose(blend.apply(probs[:, 7:8]), blend.apply(probs)[7:8], atol=1e-6)
+
+
+def test_simplex_is_the_best_brier_score() -> None:
+    probs, target, _ = members()
+    blend = blending.fit("simplex", probs, target)
+    found = brier(blend.apply(probs), target)
+    assert found <= min(brier(member, target) for member in probs) + 1e-7
+    gram = solvers.gram(probs, target).residual
+    slsqp = minimize(
+        lambda w: w @ gram @ w,
+        np.full(4, 0.25),
+        bounds=[(0, 1)] * 4,
+        constraints={"type": "eq", "fun": lambda w: w.sum() - 1},
+    )
+    np.testing.assert_allclose(blend.weights, slsqp.x, atol=2e-3)
+    slope = 2 * gram @ blend.weights  # optimal: equal slopes where weight is, none lower elsewhere
+    assert slope.min() >= blend.weights @ slope - 1e-3 * abs(slope).max()
+
+
+def test_log_loss_is_the_best_log_loss() -> None:
+    probs, target, _ = members()
+    best = blending.fit("log_loss", probs, target)
+    value = log_loss(best.apply(probs), target)
+    rng = np.random.default_rng(1)
+    for trial in rng.dirichlet(np.ones(4), 200):
+        assert value <= log_loss(np.tensordot(trial, probs, 1), target) + 1e-6
+    chance = probs[:, np.arange(len(target)), target]
+    slope = (chance / (best.weights @ chance)).mean(
+        axis=1
+    )  # Karush-Kuhn-Tucker: 1 where weight is, at most 1 elsewhere
+    np.testing.assert_allclose(slope[best.weights > 0], 1, atol=1e-3)
+    assert slope.max() < 1 + 1e-3
+
+
+def test_lr_mse_is_original_000s() -> None:
+    from sklearn.linear_model import LinearRegression
+
+    probs, target, _ = members()
+    truth = np.eye(5)[target].ravel()
+    raw = LinearRegression(fit_intercept=False, positive=True).fit(probs.reshape(4, -1).T, truth).coef_.clip(0)
+    np.testing.assert_allclose(blending.fit("lr_mse", probs, target).weights, raw / raw.sum(), atol=1e-4)
+
+
+def test_grams_add_up_over_folds_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    probs, target, fold = members()
+    whole = solvers.gram(probs, target)
+    parts = [solvers.gram(probs, target, fold == held) for held in range(5)]
+    np.testing.assert_allclose(sum(part.residual for part in parts), whole.residual, rtol=1e-5)
+    monkeypatch.setattr(solvers, "CHUNK", 7)
+    np.testing.assert_allclose(solvers.gram(probs, target).residual, whole.residual, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", blending.POINT_METHODS)
+def test_points(method: str) -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.uniform(0, 100, (80, 3, 2)).astype(np.float32)
+    noise = rng.normal(size=(3, 80, 3, 2)) * np.array([1, 2, 8])[:, None, None, None]
+    said, holed = (truth + noise).astype(np.float32), truth.copy()
+    holed[::4, 1] = np.nan
+    blend = blending.fit(method, said, holed)
+    assert blend.apply(said).shape == truth.shape
+    if method == "simplex":
+        assert point_mse(blend.apply(said), holed) <= min(point_mse(one, holed) for one in said)
+        assert blend.weights[2] < 0.05
+
+
+def test_per_fold_weights_are_each_folds_own() -> None:
+    probs, target, fold = members()
+    table = blending.fit("lr_mse_per_fold", probs, target, fold).params["per_fold"]
+    rows = fold == 3
+    np.testing.assert_allclose(table["3"], blending.fit("lr_mse", probs[:, rows], target[rows]).weights, atol=1e-6)
+
+
+def test_pair_gate_mends_what_only_the_pair_confuses() -> None:
+    """Classes 0 and 1 look alike to the average, and one member can tell them apart by a hair."""
+    rng = np.random.default_rng(0)
+    target = rng.integers(0, 4, 2000)
+    base = np.full((2, 2000, 4), 0.02)
+    base[:, np.arange(2000), target] = 0.94
+    pair = target < 2
+    lean = np.where(target[pair] == 0, 1, -1) * 0.01 + rng.normal(size=pair.sum()) * 0.002
+    base[:, pair, 0], base[:, pair, 1] = 0.47, 0.49
+    base[1, pair, 0] += lean
+    base[1, pair, 1] -= lean
+    probs = (base / base.sum(axis=2, keepdims=True)).astype(np.float32)
+    fold = np.arange(2000) % 5
+    gated = blending.fit("pair_gate", probs, target, fold)
+    plain = blending.fit("simplex", probs, target, fold)
+    assert accuracy(gated.apply(probs), target) > accuracy(plain.apply(probs), target) + 0.1
+
+
+@pytest.mark.parametrize(
+    ("method", "shape", "words"),
+    [("nonsense", (2, 9, 3), "one of"), ("stack", (2, 9, 3, 2), "for points"), ("equal", (2, 0, 3), "at least one")],
+)
+def test_refusals(method: str, shape: tuple[int, ...], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        blending.fit(method, np.zeros(shape, np.float32), np.zeros(shape[1], int))
+
+
+def test_search_follows_the_metric() -> None:
+    probs, target, fold = members()
+    for name in ("accuracy", "macro_f1", "log_loss"):
+        blend = blending.fit("dirichlet", probs, target, fold, None, METRICS[name])
+        sign = 1 if METRICS[name].higher_is_better else -1
+        plain = METRICS[name].score(probs.mean(axis=0), target)
+        assert sign * METRICS[name].score(blend.apply(probs), target) >= sign * plain - 2e-3

@@ -1,0 +1,92 @@
+"""Estimates do not see what they score, and their intervals hold what they promise."""
+
+import numpy as np
+import pytest
+
+from octofold import estimate
+from octofold.errors import UserError
+from octofold.metrics import METRICS
+from test_blending import members
+
+ACCURACY = METRICS["accuracy"]
+
+
+def test_cross_fit_blends_each_fold_without_it() -> None:
+    probs, target, fold = members()
+    whole = estimate.cross_fit("lr_mse", probs, target, fold, ACCURACY)
+    wrong = np.where(fold == 2, (target + 1) % 5, target)
+    other = estimate.cross_fit("lr_mse", probs, wrong, fold, ACCURACY)
+    np.testing.assert_array_equal(whole.values[fold == 2], other.values[fold == 2])
+    assert not np.array_equal(whole.values[fold != 2], other.values[fold != 2])
+    assert len(whole.blends) == 5
+
+
+def test_a_member_that_memorised_its_labels_is_not_trusted_by_the_cross_fitted_score() -> None:
+    """Class-wise tables fitted on noise look good in-sample only."""
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet(np.ones(6), size=(12, 120)).astype(np.float32)
+    target, fold = rng.integers(0, 6, 120), np.arange(120) % 4
+    from octofold import blending
+
+    apparent = ACCURACY.score(blending.fit("stack", probs, target, fold).apply(probs), target)
+    honest = ACCURACY.score(estimate.cross_fit("stack", probs, target, fold, ACCURACY).values, target)
+    assert honest < apparent
+    assert honest < 0.27  # chance is 1/6
+
+
+def test_best_single_is_chosen_on_the_other_folds() -> None:
+    probs, target, fold = members((1.0, 1.0))
+    probs = probs.copy()
+    probs[0, fold == 0] = np.eye(5)[(target[fold == 0] + 1) % 5]  # member 0 fails on fold 0 alone
+    probs[1, fold != 0] = 0.2
+    chosen = estimate.best_single(probs, target, fold, ACCURACY)
+    np.testing.assert_array_equal(chosen[fold == 0], probs[0, fold == 0])
+
+
+def test_one_fold_is_refused() -> None:
+    probs, target, _ = members()
+    with pytest.raises(UserError, match="at least two folds"):
+        estimate.cross_fit("equal", probs, target, np.zeros(len(target), int), ACCURACY)
+
+
+@pytest.mark.parametrize("name", [name for name, metric in METRICS.items() if metric.task == "classify"])
+def test_bootstrap_is_paired_and_centred(name: str) -> None:
+    probs, target, _ = members()
+    draws = estimate.bootstrap([probs[2], probs[2], probs[1]], target, np.arange(len(target)), METRICS[name], reps=100)
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert abs(draws[0].mean() - METRICS[name].score(probs[2], target)) < 4 * draws[0].std()
+
+
+def test_groups_come_and_go_together() -> None:
+    """Twenty copies of each row are no more evidence than one."""
+    probs, target, _ = members(rows=60)
+    repeated, truth = np.repeat(probs[1], 20, axis=0), np.repeat(target, 20)
+    groups = np.repeat(np.arange(60), 20)
+    alone = estimate.bootstrap([repeated], truth, np.arange(1200), ACCURACY)[0].std()
+    together = estimate.bootstrap([repeated], truth, groups, ACCURACY)[0].std()
+    assert together == pytest.approx(alone * np.sqrt(20), rel=0.15)
+
+
+def test_interval_covers() -> None:
+    """Of 200 samples, the 95 % interval misses the true share about one time in twenty."""
+    rng = np.random.default_rng(0)
+    hits = 0
+    for seed in range(200):
+        right = rng.random(150) < 0.8
+        values = np.eye(2)[right.astype(int)]
+        draws = estimate.bootstrap([values], np.ones(150, int), np.arange(150), ACCURACY, reps=200, seed=seed)
+        found = estimate.interval(right.mean(), draws[0])
+        hits += found.low <= 0.8 <= found.high
+    assert 180 <= hits <= 198
+
+
+def test_gain_of_equals_is_a_coin() -> None:
+    probs, target, _ = members()
+    draws = estimate.bootstrap([probs[0], probs[0], probs[2]], target, np.arange(len(target)), ACCURACY)
+    same = estimate.gain("twin", draws[0], draws[1], (0.5, 0.5), ACCURACY)
+    assert same.probability == 0.5
+    assert not same.separable
+    assert "not separable" in str(same)
+    real = estimate.gain("worse", draws[2], draws[0], (0.8, 0.5), ACCURACY)
+    assert real.separable
+    assert real.low > 0

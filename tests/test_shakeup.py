@@ -1,0 +1,58 @@
+"""Boards played many times."""
+
+import numpy as np
+import pytest
+
+from octofold import shakeup
+from octofold.metrics import METRICS
+from test_blending import members
+
+
+def worlds(public_share: float = 0.3, metric: str = "accuracy", reps: int = 300) -> shakeup.Worlds:
+    probs, target, _ = members((2.0, 1.9, 0.5), rows=800)
+    return shakeup.draw(
+        list(probs), ["good", "near", "bad"], np.eye(5)[target], METRICS[metric], public_share, resample=True, reps=reps
+    )
+
+
+def test_a_smaller_public_part_is_noisier() -> None:
+    assert worlds(0.1).public[0].std() > worlds(0.5).public[0].std()
+
+
+def test_near_equals_flip_and_unequals_do_not() -> None:
+    played = worlds()
+    assert played.flips(0, 1) > 0.1
+    assert played.flips(0, 2) == pytest.approx(0, abs=0.01)
+    assert played.flips(1, 1) == 0
+    assert played.regret >= 0
+
+
+@pytest.mark.parametrize("metric", ["macro_f1", "log_loss"])
+def test_other_metrics(metric: str) -> None:
+    played = worlds(metric=metric, reps=40)
+    assert shakeup.two_finals(played)[0] == int((played.sign * played.private.mean(axis=1)).argmax())
+
+
+def test_groups_stay_on_one_side() -> None:
+    probs, target, _ = members((2.0,), rows=200)
+    one = shakeup.draw(list(probs), ["a"], np.eye(5)[target], METRICS["accuracy"], 0.5, np.repeat([0, 1], 100), reps=50)
+    assert len(set(one.public[0].round(6))) <= 2
+
+
+def test_the_hedge_errs_elsewhere() -> None:
+    """A twin of the best is no hedge, even if it is second best."""
+    rng = np.random.default_rng(0)
+    target = np.zeros(400, int)
+    best, other = (np.eye(2)[(rng.random(400) < share).astype(int)] for share in (0.15, 0.16))
+    chance = np.full((400, 2), 0.0)
+    chance[:, 0], chance[:, 1] = 0.85, 0.15
+    played = shakeup.draw([best, best, other], ["best", "twin", "other"], chance, METRICS["accuracy"], 0.3, reps=400)
+    assert set(shakeup.two_finals(played)) in ({0, 2}, {1, 2})
+    assert len(target) == 400
+
+
+def test_a_public_score_is_heard() -> None:
+    played = worlds()
+    flipped = np.array([played.public[0].min(), played.public[1].max(), np.nan])
+    assert shakeup.two_finals(played, flipped, 0.01)[0] == 1
+    assert any("Two final submissions" in line for line in shakeup.told(played, 0.3))

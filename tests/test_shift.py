@@ -1,0 +1,67 @@
+"""Shift is seen where it is and not where it is not."""
+
+import numpy as np
+import pytest
+
+from octofold import shift
+from octofold.metrics import accuracy, macro_f1
+
+
+def world(rows: int, noise: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Calibrated probabilities of a classifier on a task of a given noise, and the truth."""
+    rng = np.random.default_rng(seed)
+    chance = rng.dirichlet(np.full(6, noise), rows)
+    target = (rng.random((rows, 1)) > chance.cumsum(axis=1)).sum(axis=1).clip(0, 5)
+    return chance.astype(np.float32), target
+
+
+def test_exchangeable_rows_cannot_be_told_apart() -> None:
+    rng = np.random.default_rng(0)
+    auc, error = shift.adversarial_auc(rng.normal(size=(300, 40)), rng.normal(size=(400, 40)))
+    assert abs(auc - 0.5) < 3 * error
+    auc, _ = shift.adversarial_auc(rng.normal(size=(300, 40)), rng.normal(size=(400, 40)) + 0.7)
+    assert auc > 0.9
+
+
+def test_distance_uses_held_out_rows_and_names_the_nearest() -> None:
+    rng = np.random.default_rng(0)
+    train = rng.normal(size=(200, 16))
+    held = np.arange(200) < 40
+    test = train[[50, 60, 70] * 10] + 0.01 * rng.normal(size=(30, 16))
+    found = shift.measure(train, held, test)
+    assert found.nearest[:3, 0].tolist() == [50, 60, 70]
+    assert found.nn_test > 0.99 > found.nn_held
+    assert found.similarity.shape == (30, 3)
+
+
+def test_without_shift_the_folds_are_believed() -> None:
+    oof, target = world(1500, 0.2, 0)
+    test, truth = world(1200, 0.2, 1)
+    same = shift.Distance(0.5, 0.02, 0.7, 0.7, np.zeros((1200, 3), int), np.zeros((1200, 3)))
+    found = shift.foresee(oof, target, [test, test], 0.01, same)
+    assert found.accuracy.value == pytest.approx(found.oof)
+    assert found.accuracy.low <= accuracy(test, truth) <= found.accuracy.high
+
+
+def test_less_sure_models_are_expected_to_be_less_right() -> None:
+    oof, target = world(1500, 0.1, 0)
+    test, truth = world(1200, 0.2, 1)
+    moved = shift.Distance(0.9, 0.02, 0.7, 0.5, np.zeros((1200, 3), int), np.zeros((1200, 3)))
+    found = shift.foresee(oof, target, [test], 0.01, moved)
+    assert found.flatter > 0.05
+    assert found.accuracy.low <= accuracy(test, truth) <= found.accuracy.high
+    assert shift.atc(oof, target, oof) == pytest.approx(found.oof, abs=0.01)
+
+
+def test_temperature_finds_the_power_that_was_hidden() -> None:
+    chance, target = world(4000, 0.5, 0)
+    assert shift.temperature(shift.tempered(chance, 2.0), target) == pytest.approx(0.5, rel=0.15)
+
+
+def test_calibrated_probabilities_have_the_accuracy_asked_for() -> None:
+    test, _ = world(500, 0.3, 0)
+    for wanted in (0.6, 0.9):
+        assert shift.calibrated(test, wanted).max(axis=1).mean() == pytest.approx(wanted, abs=1e-3)
+    drawn = shift.expected_score(test, 0.8, accuracy)
+    assert drawn == pytest.approx(0.8, abs=0.01)
+    assert 0.5 < shift.expected_score(test, 0.8, macro_f1) < 0.9
