@@ -54,5 +54,5 @@ def test_the_hedge_errs_elsewhere() -> None:
 def test_a_public_score_is_heard() -> None:
     played = worlds()
     flipped = np.array([played.public[0].min(), played.public[1].max(), np.nan])
-    assert shakeup.two_finals(played, flipped, 0.01)[0] == 1
+    assert shakeup.two_finals(played, flipped)[0] == 1
     assert any("Two final submissions" in line for line in shakeup.told(played, 0.3))

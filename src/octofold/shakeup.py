@@ -126,37 +126,46 @@ def _resampled(sides: Sequence[Array], place: Array, rng: np.random.Generator) -
     return found
 
 
-def two_finals(worlds: Worlds, seen_public: Array | None = None, noise: float | None = None) -> tuple[int, int]:
+def heard(worlds: Worlds, seen_public: Array) -> Array:
+    """Private scores ``(C, R)`` of the worlds, moved by what the public board really said.
+
+    Linear conditioning, world by world (Matheron's rule): each world's private scores move by the regression of
+    private on public times the difference between what was seen and what that world's board said. A small public part
+    has a noisy board, and is believed as little as it deserves.
+
+    Args:
+        worlds: from `draw`.
+        seen_public: ``(C,)`` scores that came back, NaN where not submitted.
+    """
+    known = np.isfinite(seen_public)
+    if not known.any():
+        return worlds.private
+    board, count = worlds.public[known], worlds.public.shape[1]
+    off = board - board.mean(axis=1, keepdims=True)
+    among = off @ off.T / count
+    among += np.eye(len(among)) * (np.trace(among) / len(among) * 1e-3 + 1e-12)
+    across = (worlds.private - worlds.private.mean(axis=1, keepdims=True)) @ off.T / count
+    moved: Array = worlds.private + across @ np.linalg.solve(among, seen_public[known][:, None] - board)
+    return moved
+
+
+def two_finals(worlds: Worlds, seen_public: Array | None = None) -> tuple[int, int]:
     """Choose the pair whose better private score is best on average: the best estimate, and a hedge to it.
 
     A hedge errs elsewhere; a twin of the first, however good, adds nothing.
 
     Args:
         worlds: from `draw`.
-        seen_public: ``(C,)`` public scores that came back, NaN where not submitted. Worlds then count by how well
-            their public scores agree with these, so the board is heard as loudly as its size deserves.
-        noise: standard deviation allowed between a world's public scores and those seen; None = that of the worlds'
-            own public scores, over four.
+        seen_public: ``(C,)`` public scores that came back, NaN where not submitted; None = nothing was submitted.
 
     Returns:
         Two indices, the better estimate first (equal where there is only one candidate).
     """
-    count, reps = worlds.private.shape
-    weight = np.full(reps, 1 / reps)
-    if seen_public is not None and np.isfinite(seen_public).any():
-        told = np.isfinite(seen_public)
-        width = noise or max(float(worlds.public[told].std(axis=1).mean()) / 4, 1e-6)
-        distance = ((worlds.public[told] - seen_public[told, None]) / width) ** 2
-        log_weight = -distance.mean(axis=0) / 2
-        weight = np.exp(log_weight - log_weight.max())
-        weight /= weight.sum()
-    private = worlds.sign * worlds.private
-    first = int((private @ weight).argmax())
-    if count == 1:
-        return first, first
-    hedged = [-np.inf if other == first else float(np.maximum(private[first], private[other]) @ weight)
-              for other in range(count)]  # fmt: skip
-    return first, int(np.argmax(hedged))
+    private = worlds.sign * (worlds.private if seen_public is None else heard(worlds, seen_public))
+    first = int(private.mean(axis=1).argmax())
+    pairs = np.maximum(private[first], private).mean(axis=1)
+    pairs[first] = -np.inf if len(pairs) > 1 else pairs[first]
+    return first, int(pairs.argmax())
 
 
 def told(worlds: Worlds, public_share: float) -> list[str]:
