@@ -30,10 +30,12 @@ def run(config: Prepare) -> dict[str, object]:
         run.log_metrics({f"data/{key}": value for key, value in prepared.summary.items() if isinstance(value, int)})
         for path in paths.values():
             run.log_artifact(path, "data")
+        run.log_text(pictures.worst_table(prepared.looks), "report/worst.csv")
         for name, figure in pictures.draw(prepared):
             run.log_figure(figure, f"report/{name}.png")
         for kind, count in prepared.summary["problems"].items():
             log.info("%6d  %s", count, kind)
+        log.info("groups: %s", prepared.summary.get("grouping", config.group))
         return {"run_id": run.id, **paths, "manifest_hash": manifest.hash, **prepared.summary}
 
 

@@ -213,3 +213,63 @@ def forget(figure: Figure) -> None:
     from matplotlib import pyplot
 
     pyplot.close(figure)
+
+
+def intervals(
+    names: Sequence[str], ends: Sequence[tuple[float, float, float]], title: str = "", label: str = ""
+) -> Figure:
+    """Draw one dot with whiskers per name, first at the top, and a line at zero.
+
+    Args:
+        names: of the rows.
+        ends: low, value and high of each.
+        title: above it.
+        label: of the value axis.
+    """
+    figure = new_figure(7.0, 1.4 + 0.34 * max(1, len(names)))
+    axes = figure.add_subplot(xlabel=label, title=title)
+    places = np.arange(len(names))
+    low, value, high = np.asarray(ends, float).reshape(-1, 3).T
+    axes.axvline(0, color="0.6", linewidth=1)
+    axes.errorbar(value, places, xerr=[value - low, high - value], fmt="o", color=STYLES[0][0], capsize=4)
+    axes.set_yticks(places, names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.margins(x=0.1)
+    return figure
+
+
+def strips(rows: Mapping[str, Sequence[Array]], title: str = "") -> Figure:
+    """Draw one strip of pictures per name, side by side: a few samples of each class, cheaply.
+
+    Args:
+        rows: name to ``(S, S, 3)`` uint8 squares, all of one size.
+        title: above it all.
+    """
+    longest = max((len(images) for images in rows.values()), default=1)
+    figure = new_figure(1.1 * longest + 1.6, 1.15 * max(1, len(rows)) + 0.4)
+    for place, (name, images) in enumerate(rows.items()):
+        axes = figure.add_subplot(max(1, len(rows)), 1, place + 1)
+        side = images[0].shape[0]
+        strip = np.full((side, longest * (side + 2), 3), 255, np.uint8)
+        for column, image in enumerate(images):
+            strip[:, column * (side + 2) : column * (side + 2) + side] = image
+        axes.imshow(strip)
+        axes.set_axis_off()
+        axes.text(-0.01, 0.5, name, transform=axes.transAxes, ha="right", va="center", fontsize="small")
+    figure.suptitle(title)
+    return figure
+
+
+def scatter_line(x: Array, y: Array, target: float, chosen: int, labels: tuple[str, str], title: str = "") -> Figure:
+    """Draw a curve over settings, with the value aimed at and the setting chosen marked."""
+    figure = new_figure(6.0, 3.6)
+    axes = figure.add_subplot(xlabel=labels[0], ylabel=labels[1], title=title)
+    colour, line, marker = STYLES[0]
+    axes.plot(x, y, line, color=colour, marker=marker, label="held-out images")
+    axes.axhline(target, color=STYLES[1][0], linestyle=STYLES[1][1], label="test images")
+    axes.plot(
+        x[chosen], y[chosen], marker="D", markersize=10, fillstyle="none", color="k", linestyle="", label="chosen"
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return figure
