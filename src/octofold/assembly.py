@@ -80,7 +80,7 @@ def blend(config: Blend, run: tracking.Run) -> dict[str, Any]:
     result["report"] = write_text(out / "report.txt", "\n".join(lines) + "\n")
     numbers = _numbers(judged, outlook, name)
     _record(run, members, judged, numbers, [path for path in result.values() if isinstance(path, Path)])
-    if config.register:
+    if config.register_model:
         result |= _register(config, run, members, judged, metric, numbers)
     for line in lines:
         log.info("%s", line)

@@ -134,7 +134,7 @@ class Blend(Section):
     )
     shift: bool = Field(True, description="compare test with training images in a member's embedding")
     public_share: float = Field(0.3, gt=0, lt=1, description="share of the test set behind the public board")
-    register: bool = Field(True, description="pack the blend as one MLflow model, <competition>.blend")
+    register_model: bool = Field(True, description="pack the blend as one MLflow model, <competition>.blend")
     force: bool = Field(
         False, description="replace the blend in production although the gain over it is not separable; recorded"
     )
@@ -236,6 +236,37 @@ class Report(Section):
     metric: str = Field("", description="row of metrics.METRICS; empty = the newest blend's, else accuracy or mse")
     seed: int = Field(0, ge=0, description="of the bootstrap")
     out: Path | None = Field(None, description="folder for report.html; none = runs/report/<competition>")
+
+
+class Score(Section):
+    """What the boards said of a submission."""
+
+    competition: str = Field("", description="name of the problem; empty = the submission's")
+    submission: Path | None = Field(None, description="submission.csv where blend wrote it")
+    public: float | None = Field(None, description="public score that came back")
+    private: float | None = Field(None, description="private score that came back")
+    notes: str = Field("", description="anything worth remembering")
+    history: Path | None = Field(
+        None, description="CSV of past submissions: date,submission_file,public_score,private_score,category,notes"
+    )
+
+
+class Compare(Section):
+    """Rows on which two submissions differ, and who changed them."""
+
+    submission: Path = Field(description="submission.csv where blend wrote it (the new one)")
+    other: Path = Field(description="the one it is compared with (the old one)")
+    show: int = Field(20, ge=0, description="rows to print")
+    out: Path | None = Field(None, description="CSV of the differences; none = runs/compare/<run id>.csv")
+
+
+class Explain(Section):
+    """One row of a submission, led back to whatever made it."""
+
+    submission: Path = Field(description="submission.csv where blend wrote it")
+    image: str = Field(description="file name as in the submission, or sample id")
+    views: bool = Field(True, description="ask the fold models view by view (needs the registry)")
+    out: Path | None = Field(None, description="picture to write; none = runs/explain/<run id>.png")
 
 
 class Demo(Section):
