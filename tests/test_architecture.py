@@ -75,6 +75,10 @@ HOME = {  # a heavy dependency and the one file that may say its name
 BETWEEN_WORKFLOWS = {  # the exceptions, each because one writes what the other is for
     ("training", "outcome"),  # the loop, and what it leaves behind
     ("outcome", "inference"),
+    ("probing", "members"),  # an arm of a probe is a member,
+    ("probing", "estimate"),  # and its gain a paired resample
+    ("probing", "registry"),
+    ("probing", "training"),
     ("members", "training"),  # a member is trained slots, tracked
     ("review", "cleaning"),
     ("review", "desk"),  # the page without the web framework
