@@ -58,6 +58,7 @@ PARTS = {
     "submission",
     "ledger",
     "shakeup",
+    "scores",
     "ensemble",
     "looks",
 }

@@ -273,3 +273,39 @@ def scatter_line(x: Array, y: Array, target: float, chosen: int, labels: tuple[s
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     return figure
+
+
+def explanation(
+    image: Array, caption: str, views: Array, classes: Sequence[str], nearest: Sequence[tuple[Array, str]]
+) -> Figure:
+    """Draw one row of a submission: the image, each view's vote, and the training images most like it.
+
+    Args:
+        image: ``(H, W, 3)`` uint8.
+        caption: under it.
+        views: ``(V, C)`` probability of C classes in each view; may be empty.
+        classes: C names.
+        nearest: training images with their captions.
+    """
+    figure = new_figure(9.0, 4.6)
+    columns = max(3, len(nearest))
+    top = figure.add_subplot(2, 2, 1)
+    top.imshow(image)
+    top.set_xlabel(caption)
+    bars = figure.add_subplot(2, 2, 2, ylim=(0, 1), xlabel="view", title="each view alone")
+    hatches, width = ("", "//", "..", "xx"), 0.8 / max(1, len(classes))
+    for place, name in enumerate(classes if len(views) else ()):
+        where = np.arange(1, len(views) + 1) + (place - (len(classes) - 1) / 2) * width
+        bars.bar(where, views[:, place], width, label=name, color=STYLES[place % len(STYLES)][0],
+                 hatch=hatches[place % 4], edgecolor="white")  # fmt: skip
+    if len(views):
+        bars.legend(fontsize="x-small")
+    for place, (picture, text) in enumerate(nearest):
+        axes = figure.add_subplot(2, columns, columns + place + 1)
+        axes.imshow(picture)
+        axes.set_xlabel(text, fontsize="small")
+    for axes in figure.axes:
+        if axes is not bars:
+            axes.set_xticks([])
+            axes.set_yticks([])
+    return figure

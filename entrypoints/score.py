@@ -1,0 +1,45 @@
+"""score: what the boards said is recorded on the submission's run, and held against what was expected.
+
+    python entrypoints/score.py --submission runs/blend/<run id>/submission.csv --public 0.87 --private 0.86
+    python entrypoints/score.py --competition grocery15 --history past_submissions.csv
+
+The CSV has columns date,submission_file,public_score,private_score,category,notes. Without either, the report alone.
+"""
+
+from typing import Any
+
+from octofold.commands import Score
+from octofold.config import log, run_main
+
+
+def run(config: Score) -> dict[str, Any]:
+    """Record, then report."""
+    import dataclasses
+
+    from octofold import boards, ledger, scores, tracking
+    from octofold.errors import UserError
+
+    competition = config.competition
+    if config.submission is not None:
+        competition = competition or str(ledger.load(config.submission).about["competition"])
+    if not competition:
+        raise UserError("score", expected="--submission, or --competition", got="neither")
+    if config.history is not None:
+        scores.read_history(config.history)  # refused before a run is opened
+    with tracking.run("score", config, competition) as run:
+        if config.submission is not None:
+            boards.record(config.submission, config.public, config.private, config.notes)
+        if config.history is not None:
+            boards.import_history(config.history, competition, run)
+        found = boards.recorded(competition)
+        lines, numbers = scores.told(found), scores.summary(found)
+        run.log_text("\n".join(lines) + "\n", "boards.txt")
+        run.log_dict([dataclasses.asdict(score) for score in found], "boards.json")
+        run.log_metrics({f"boards/{name}": value for name, value in numbers.items()})
+        for line in lines:
+            log.info("%s", line)
+        return {"run_id": run.id, "submissions": len(found)} | {f"boards/{k}": v for k, v in numbers.items()}
+
+
+if __name__ == "__main__":
+    run_main(Score, run)

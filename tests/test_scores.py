@@ -1,0 +1,56 @@
+"""What the boards said, read strictly and summed up plainly."""
+
+from pathlib import Path
+
+import pytest
+
+from octofold import scores
+from octofold.errors import UserError
+
+HEAD = "date,submission_file,public_score,private_score,category,notes\n"
+ORIGINAL_000 = [
+    (0.97154, 0.95200), (0.95882, 0.94231), (0.96904, 0.94745), (0.96972, 0.94878), (0.97338, 0.94675),
+    (0.97338, 0.94675), (0.97338, 0.94803), (0.97338, 0.94892), (0.96798, 0.95515),
+]  # fmt: skip
+
+
+def history(folder: Path, text: str) -> Path:
+    (folder / "past.csv").write_text(text, encoding="utf-8")
+    return folder / "past.csv"
+
+
+def test_original_000s_boards_have_nothing_to_do_with_each_other(tmp_path: Path) -> None:
+    rows = "".join(f"2026-02-0{n},s{n}.csv,{a},{b},blend,\n" for n, (a, b) in enumerate(ORIGINAL_000, start=1))
+    found = scores.read_history(history(tmp_path, HEAD + rows))
+    assert len(found) == 9
+    assert scores.summary(found)["public_private_correlation"] == pytest.approx(-0.04, abs=0.01)
+    assert any("number 7 of 9" in line or "number 8 of 9" in line for line in scores.told(found))
+
+
+def test_empty_scores_are_unknown_and_extra_columns_may_be_missing(tmp_path: Path) -> None:
+    found = scores.read_history(history(tmp_path, "submission_file,public_score,private_score\na.csv,0.9,\n"))
+    assert found[0].public == 0.9
+    assert found[0].private != found[0].private
+    assert scores.summary(found) == {"submissions": 1.0}
+
+
+def test_intervals_are_held_to_account() -> None:
+    said = [scores.Score("a", 0.9, 0.85, 0.86, 0.8, 0.9), scores.Score("b", 0.9, 0.7, 0.86, 0.8, 0.9)]
+    found = scores.summary(said)
+    assert found["inside_interval"] == 0.5
+    assert found["estimate_error"] == pytest.approx(0.085)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("submission_file,public_score\n", "private_score"),
+        (HEAD + ",a.csv,high,0.9,,\n", "line 2"),
+        (HEAD + ",,0.9,0.9,,\n", "submission_file in every row"),
+        (HEAD + ",a.csv,0.9,0.9,,\n,a.csv,0.8,0.9,,\n", "two for a.csv"),
+        (HEAD + ",a.csv,nan,0.9,,\n", "line 2"),
+    ],
+)
+def test_bad_histories_are_refused(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        scores.read_history(history(tmp_path, text))
