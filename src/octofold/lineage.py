@@ -5,7 +5,7 @@ missing. An image that was re-encoded has new bytes, hence a new id: it is recog
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,20 +89,36 @@ def same_looks(gone: Sequence[str], new: Fingerprints, folder: Path) -> dict[str
 def carry(table: pd.DataFrame, previous: Manifest, same: dict[str, str]) -> tuple[npt.NDArray[np.int64], list[str]]:
     """Folds (-1 where new) and groups ('' where new or alone) that each row had before.
 
+    A sample that was dropped and is back (its drop undone) takes the fold it had then: earlier versions are asked.
+
     Args:
         table: the new samples.
         previous: the manifest before.
         same: ``{old id: new id}`` of re-encoded images.
     """
-    names = [same.get(name, name) for name in previous.sample_ids.tolist()]
-    fold = dict(zip(names, previous.fold.tolist(), strict=True))
-    group = (
-        dict(zip(names, previous.table["group"].fillna("").astype(str), strict=True))
-        if "group" in previous.table
-        else {}
-    )
+    fold: dict[str, int] = {}
+    group: dict[str, str] = {}
+    for version in _ancestry(previous):
+        names = [same.get(name, name) for name in version.sample_ids.tolist()]
+        groups = version.table["group"].fillna("").astype(str) if "group" in version.table else [""] * len(names)
+        for name, number, kin in zip(names, version.fold.tolist(), groups, strict=True):
+            if name not in fold:
+                fold[name], group[name] = number, kin
     ids = table["sample_id"].tolist()
     return np.array([fold.get(name, -1) for name in ids], np.int64), [group.get(name, "") for name in ids]
+
+
+def _ancestry(manifest: Manifest) -> Iterator[Manifest]:
+    """The manifest and those it was made from, as far as they are kept."""
+    seen: set[str] = set()
+    home = manifest.file.parent if manifest.file else None
+    current: Manifest | None = manifest
+    while current is not None:
+        yield current
+        name = str(current.info.get("previous", ""))
+        path = home / "versions" / name / "manifest.csv" if home and name and name not in seen else None
+        seen.add(name)
+        current = manifests.read(path) if path is not None and path.exists() else None
 
 
 def find_previous(given: Path | None, out: Path, wanted: bool) -> Manifest | None:

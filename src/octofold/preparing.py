@@ -110,6 +110,7 @@ def prepare(config: Prepare) -> Prepared:
                     chosen[0] if chosen else None, decided)  # fmt: skip
     if old is not None:
         made.changes = lineage.differences(old, manifest, before.same)
+        info["previous"] = old.info.get("previous", "") if old.hash == manifest.hash else old.hash[:12]
     made.summary = _summary(made)
     return made
 
