@@ -61,7 +61,7 @@ def patiently(act: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def explained(store: str) -> Iterator[None]:
-    """Turn whatever the first contact with the store raises (refused, wrong password, no driver) into the user's words.
+    """Turn whatever the first contact with the store raises (refused, no store) into the user's words.
 
     Raises:
         UserError: anything went wrong.
@@ -72,8 +72,6 @@ def explained(store: str) -> Iterator[None]:
         fix = "check the address, user and password (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD)"
         if "out-of-date database schema" in str(error):
             fix = f"back the database up, then: mlflow db upgrade {redact(store)}"
-        if isinstance(error, ModuleNotFoundError):
-            fix = "install the database's driver: pip install 'octofold[postgres]'"
         got = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise UserError(f"MLFLOW_TRACKING_URI={redact(store)}", expected="an MLflow store", got=got, fix=fix) from error
 

@@ -11,17 +11,15 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 
 from octofold import tracking, versions
 from octofold.errors import UserError, preview
-from octofold.files import ROOT, sha256_json
+from octofold.files import ROOT, read_json, sha256_json
 from octofold.outage import patiently
 from octofold.predictions import Predictions
 from octofold.provenance import git_tags
-
-if TYPE_CHECKING:
-    from octofold.models import ModelCard
 
 log = logging.getLogger("octofold")
 LEGACY = {"staging": "Staging", "production": "Production", "archived": "Archived"}
@@ -76,10 +74,8 @@ def register_slot(run: tracking.Run, folder: Path | str, extra: Mapping[str, str
     Raises:
         UserError: not a checkpoint folder, or the store kept something else than was sent.
     """
-    from octofold.models import read_card
-
     folder = Path(folder)
-    card = read_card(find_checkpoint(folder))
+    card = _card(find_checkpoint(folder))
     name = slot_name(card.competition, card.member, card.fold, card.seed)
     api = tracking.client()
     if (there := _registered(name, run.id, card.model_sha)) is not None:
@@ -108,7 +104,12 @@ def _registered(name: str, run_id: str, model_sha: str) -> Slot | None:
     return next((_slot(version) for version in made if version.tags.get("model_sha") == model_sha), None)
 
 
-def classes_hash(card: "ModelCard") -> str:
+def _card(folder: Path) -> SimpleNamespace:
+    """The checkpoint's card, read without importing torch: a worker that only registers is light."""
+    return SimpleNamespace(**read_json(folder / "model.json", "a checkpoint folder's model.json"))
+
+
+def classes_hash(card: Any) -> str:
     """Return the sha256 of task and class order: fold models that differ in it cannot be averaged."""
     return sha256_json([card.task, list(card.classes)])
 

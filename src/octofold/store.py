@@ -68,6 +68,24 @@ def check_reachable(store: str) -> None:
             got=error.strerror or str(error) or type(error).__name__,
             fix="start the server, or unset MLFLOW_TRACKING_URI to use mlruns/mlflow.db",
         ) from None
+    if not address.scheme.startswith("http"):
+        _sign_in(store)
+
+
+def _sign_in(store: str) -> None:
+    """Try the database once: MLflow repeats a refused password for two minutes, and shows every refusal."""
+    import sqlalchemy
+
+    try:
+        sqlalchemy.create_engine(store, poolclass=sqlalchemy.pool.NullPool).connect().close()
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+        lacks = isinstance(error, ImportError)
+        raise UserError(
+            f"MLFLOW_TRACKING_URI={redact(store)}",
+            expected="a database that lets us in",
+            got=str(error).strip().splitlines()[0][:300],
+            fix="pip install 'octofold[postgres]'" if lacks else "check user, password and database name",
+        ) from None
 
 
 def artifact_root(store: str, name: str = "") -> str | None:
