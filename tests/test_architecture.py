@@ -23,6 +23,8 @@ PARTS = {
     "versions",
     "registry",
     "sources",
+    "archives",
+    "hub",
     "findings",
     "lineage",
     "grouping",
@@ -59,6 +61,10 @@ PARTS = {
     "ledger",
     "shakeup",
     "scores",
+    "chronicle",
+    "axes",
+    "page",
+    "advice",
     "ensemble",
     "looks",
 }
@@ -81,12 +87,15 @@ BETWEEN_WORKFLOWS = {  # the exceptions, each because one writes what the other 
     ("probing", "registry"),
     ("probing", "training"),
     ("members", "training"),  # a member is trained slots, tracked
+    ("worth", "probing"),  # old and new manifest are the arms of a probe
+    ("worth", "training"),
     ("review", "cleaning"),
     ("review", "desk"),  # the page without the web framework
     ("desk", "cleaning"),
     ("cleaning", "vectors"),
     ("vectors", "features"),
     ("vectors", "embedding"),
+    ("report", "boards"),  # the page shows what the boards said
     ("sweep", "tuning"),  # a sweep is a study
     ("sweep", "training"),  # over trainings
     ("lineup", "inference"),  # a lineup is what a stage's models say, so it has to ask them

@@ -19,6 +19,11 @@ class Prepare(Section):
         pattern=COMPETITION, description="name of the problem; names the experiment and data/<competition>/"
     )
     images: Path | None = Field(None, description="folder the labels' image names are relative to, or class folders")
+    source: str = Field(
+        "",
+        description="instead of --images: an archive (.zip, .tar, .tar.gz ...), a folder, hf:OWNER/NAME or hf:FOLDER,"
+        " torchvision:NAME, kaggle:COMPETITION; unpacked into data/<competition>/raw/",
+    )
     labels: Path | None = Field(None, description="CSV of images and labels; none = class folders under --images")
     image_column: str = Field("image", description="column of --labels holding the image name")
     label_column: str = Field("label", description="column of --labels holding the class (text or int)")
@@ -70,7 +75,9 @@ class Infer(Section):
     member: str = Field("", description="recipe name; empty = the competition's registered blend")
     stage: Stage = Field("production", description="registry stage the member or blend is taken from")
     images: Path = Field(description="folder of images (searched recursively), one image, or a manifest CSV")
-    tta: str = Field("geo8", description="views: none, flip, geo4, geo8, geo8_original")
+    tta: str = Field(
+        "", description="views: none, flip, geo4, geo8, geo8_original; empty = the blend's own, or the recipe's"
+    )
     out: Path | None = Field(
         None, description="where to write predictions.parquet and .csv; none = runs/infer/<run id>"
     )
@@ -100,7 +107,7 @@ class Evaluate(Section):
     competition: str = Field("", description="with --member and --stage: the registered fold models' OOF")
     member: str = Field("", description="recipe name")
     stage: Stage = Field("production", description="registry stage the member is taken from")
-    tta: str = Field("geo8", description="views the OOF was made with")
+    tta: str = Field("", description="views the OOF was made with; empty = the most that are stored")
     out: Path | None = Field(None, description="folder for tables and pictures; none = runs/evaluate/<run id>")
 
 
@@ -215,6 +222,16 @@ class Gc(Section):
 
     yes: bool = Field(False, description="remove without asking; without it and without a terminal, only list")
     work_days: float = Field(7.0, ge=0, description="unfinished trainings untouched for so many days count, days")
+
+
+class Worth(Recipe):
+    """Was the cleaning worth it? One recipe on two manifests, scored on the same trusted rows."""
+
+    manifest: Path = Field(description="the new manifest.csv")
+    old: Path | None = Field(None, description="the manifest before; none = the version that --manifest replaced")
+    config: Path | None = Field(None, description="recipe (YAML); flags override it")
+    journal: Path | None = Field(None, description="decisions (JSONL); none = decisions.jsonl beside the manifest")
+    worth_seed: int = Field(0, ge=0, description="of the resampling")
 
 
 class Probe(Recipe):
