@@ -5,6 +5,7 @@ python entrypoints/evaluate.py --manifest data/grocery15/manifest.csv --run 0123
 python entrypoints/evaluate.py --manifest data/grocery15/manifest.csv --predictions runs/infer/…/predictions.parquet
 """
 
+from pathlib import Path
 from typing import Any
 
 from octofold.commands import Evaluate
@@ -32,7 +33,7 @@ def run(config: Evaluate) -> dict[str, object]:
 
 def _predictions(config: Evaluate) -> Any:
     """What the flags name, as one Predictions."""
-    from octofold import evaluating, tracking
+    from octofold import evaluating
     from octofold.errors import UserError
     from octofold.predictions import Predictions
 
@@ -45,28 +46,44 @@ def _predictions(config: Evaluate) -> Any:
         )
     if config.predictions:
         return Predictions.load(config.predictions)
-    artifact = f"oof/{config.tta}.parquet"
     if config.run:
-        asked = tracking.get_run(config.run)
-        runs = [asked.id]
-        if artifact not in tracking.list_artifacts(asked.id, "oof"):
-            competition = asked.tags.get("competition", "")
-            children = tracking.find_runs(competition, {"mlflow.parentRunId": asked.id}, statuses=("FINISHED",))
-            runs = [child.id for child in children if artifact in tracking.list_artifacts(child.id, "oof")]
-        if not runs:
-            raise UserError(f"run {config.run}", expected=f"OOF ({artifact}), its own or its slots'", got="none")
-        return evaluating.gather([Predictions.load(tracking.download(one, artifact)) for one in runs])
+        return _oof_of_run(config.run, config.tta)
     from octofold import registry
 
     slots = registry.resolve(config.competition, config.stage, [config.member])[config.member]
-    held = {slot.name: registry.oof(slot, config.tta) for slot in slots}
-    missing = [name for name, oof in held.items() if oof is None]
-    if missing:
-        raise UserError(
-            f"member '{config.member}'", expected=f"OOF with views {config.tta}", got=f"none from {', '.join(missing)}",
-            fix="evaluate with --tta none, or train with these views",
-        )  # fmt: skip
-    return evaluating.gather([oof for oof in held.values() if oof is not None])
+    runs = {slot.name: slot.run_id for slot in slots}
+    return evaluating.gather(_stored(list(runs.values()), config.tta, f"member '{config.member}'"))
+
+
+def _oof_of_run(run_id: str, views: str) -> Any:
+    """The OOF of a slot's or a blend's run, or of the slots of a member's."""
+    from octofold import evaluating, tracking
+
+    asked = tracking.get_run(run_id)
+    if tracking.list_artifacts(asked.id, "oof"):
+        return evaluating.gather(_stored([asked.id], views, f"run {run_id}"))
+    children = tracking.find_runs(
+        asked.tags.get("competition", ""), {"mlflow.parentRunId": asked.id}, statuses=("FINISHED",)
+    )
+    newest = {(child.tags.get("fold"), child.tags.get("seed")): child.id for child in reversed(children)}
+    return evaluating.gather(_stored(list(newest.values()), views, f"run {run_id}"))
+
+
+def _stored(runs: list[str], views: str, where: str) -> list[Any]:
+    """The OOF files of these runs in one set of views: the one asked for, or the largest that all have."""
+    from octofold import tracking
+    from octofold.errors import UserError, preview
+    from octofold.predictions import Predictions
+    from octofold.tta import NESTED, VIEWS
+
+    order = ["geo8_original", *NESTED]  # the last one that is there is chosen
+    there = [{Path(path).stem for path in tracking.list_artifacts(one, "oof")} for one in runs]
+    shared = sorted(set(VIEWS).intersection(*there), key=order.index) if there else []
+    if not shared or (views and views not in shared):
+        wanted = f"OOF with views {views}" if views else "OOF"
+        got = f"views {preview(shared)}" if shared else "none"
+        raise UserError(where, expected=wanted, got=got, fix="evaluate with --tta of those, or train with these views")
+    return [Predictions.load(tracking.download(one, f"oof/{views or shared[-1]}.parquet")) for one in runs]
 
 
 if __name__ == "__main__":

@@ -20,10 +20,11 @@ def run(config: Infer) -> dict[str, object]:
     from octofold.files import ROOT
     from octofold.tta import VIEWS
 
-    known("views", config.tta, VIEWS)
+    known("views", config.tta or "geo8", VIEWS)
     source = looks.find(config.images)
     crew = _crew(config, inference.pick_device(config.device))
-    how = inference.How(config.tta, config.batch_size, config.engine, config.precision, config.early_exit)
+    views = config.tta or crew.views
+    how = inference.How(views, config.batch_size, config.engine, config.precision, config.early_exit)
     competition = config.competition or crew.voices[0].card.competition
     with tracking.run("infer", config, competition, name=f"infer {crew.name}") as run:
         agreement = {} if how.is_exact else inference.agreement(crew, source.items, how)
@@ -41,7 +42,7 @@ def run(config: Infer) -> dict[str, object]:
             log.warning("skipped %s: %s", one.name, one.reason)
         return {
             "run_id": run.id, **paths, "images": len(result.files), "skipped": skipped, "sorted": copied,
-            "models": [voice.name for voice in crew.voices], "views": config.tta, **agreement,
+            "models": [voice.name for voice in crew.voices], "views": views, **agreement,
         }  # fmt: skip
 
 

@@ -1,6 +1,8 @@
 """Evaluation: rows by id, scores as the metrics say, tables that add up, and the whole command."""
 
+import runpy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +10,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from conftest import House, Outcome
-from octofold import evaluating, metrics
+from conftest import REPOSITORY, House, Outcome
+from octofold import evaluating, metrics, tracking
+from octofold.commands import Evaluate
 from octofold.errors import UserError
 from octofold.manifest import Manifest
 from octofold.predictions import Predictions
@@ -78,8 +81,6 @@ def test_tables_add_up(tmp_path: Path) -> None:
 def test_the_name_of_a_score_says_whether_the_model_saw_the_rows(
     tmp_path: Path, held_out: bool, same_data: bool, split: str
 ) -> None:
-    from dataclasses import replace
-
     manifest = truth(tmp_path)
     said = oof(manifest, fold=held_out)
     found = evaluating.evaluate(manifest, said if same_data else replace(said, manifest_hash="other"))
@@ -122,6 +123,33 @@ def test_points(tmp_path: Path) -> None:
     assert found.tables["per_point"]["count"].tolist() == [2, 1]
     paths = evaluating.write(found, tmp_path / "out")
     assert {Path(path).name for path in paths.values()} == {"per_point.csv", "worst.csv", "worst.png", "per_point.png"}
+
+
+def test_a_run_stands_for_its_own_oof_or_that_of_its_slots(mlruns: Path, tmp_path: Path) -> None:
+    """A blend's or slot's run has OOF; a member's run has slots, of which the newest of each fold counts."""
+    command = runpy.run_path(str(REPOSITORY / "entrypoints" / "evaluate.py"))["_predictions"]
+    manifest = truth(tmp_path / "photos", 10)
+    whole = oof(manifest)
+    assert whole.fold is not None
+    with tracking.run("train", None, "tiny") as parent:
+        for fold in (0, 0, 1, 2, 3, 4):  # fold 0 was trained twice
+            with tracking.run("train.slot", None, "tiny", tags={"fold": fold, "seed": 0}, parent=parent) as slot:
+                part = whole.take(whole.sample_ids[whole.fold == fold])
+                for views in ("none", "flip"):
+                    path = replace(part, views=views).save(tmp_path / slot.id / f"{views}.parquet")
+                    slot.log_artifact(path, "oof")
+    config = {"manifest": Path("x"), "run": parent.id}
+    found = command(Evaluate(**config))
+    assert found.views == "flip"  # the most that are stored
+    assert sorted(found.sample_ids) == sorted(manifest.sample_ids)
+    assert command(Evaluate(**config, tta="none")).views == "none"
+    assert command(Evaluate(manifest=Path("x"), run=slot.id)).fold.tolist() == [4, 4]
+    with pytest.raises(UserError, match="views none, flip"):
+        command(Evaluate(**config, tta="geo8"))
+    with tracking.run("train", None, "tiny") as empty:
+        pass
+    with pytest.raises(UserError, match="got:      none"):
+        command(Evaluate(manifest=Path("x"), run=empty.id))
 
 
 @pytest.mark.slow

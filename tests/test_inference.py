@@ -1,6 +1,7 @@
 """Inference: views are exact, memory is bounded, names and ids survive, bad images are named."""
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import House, Outcome
 from octofold import ensemble, inference, looks, models, recipe, results, shards, tta
 from octofold.errors import UserError
 from octofold.images import PixelSpec, load, square
 from octofold.inference import How
+from octofold.predictions import Predictions
 
 CLASSES = ("red", "green", "blue")
 
@@ -268,3 +271,72 @@ def test_predict_manifest_is_each_voice_on_its_own(crew: ensemble.Ensemble, tmp_
     paths[4].write_bytes(b"")
     with pytest.raises(UserError, match="photo 4"):
         inference.predict_manifest(crew, test, "none", progress=False)
+
+
+def counting(crew: ensemble.Ensemble) -> list[int]:
+    """Make the voices count the images they are shown."""
+    seen: list[int] = []
+    for voice in crew.voices:
+        net = voice.net
+
+        def forward(images: torch.Tensor, net: torch.nn.Module = net) -> torch.Tensor:
+            seen.append(len(images))
+            return net(images)
+
+        voice.forward = forward
+    crew.equipped = ("eager", "fp32")
+    return seen
+
+
+def test_early_exit_keeps_labels_and_saves_views(crew: ensemble.Ensemble, tmp_path: Path) -> None:
+    items = looks.find(photos(tmp_path / "in", 9)[0].parent).items
+    seen = counting(crew)
+
+    def labels(early_exit: float) -> tuple[np.ndarray, int]:
+        seen.clear()
+        how = How("geo8", 4, "eager", early_exit=early_exit)
+        values = np.concatenate([batch.values for batch in inference.stream(crew, items, how)])
+        return values.argmax(axis=1), sum(seen)
+
+    plain, every = labels(0)
+    assert every == 9 * 8 * 2  # images, views, voices
+    provable, fewer = labels(1)
+    assert provable.tolist() == plain.tolist()
+    assert fewer < every
+    hasty, fewest = labels(1e-6)
+    assert fewest == 9 * 2  # the first view decides
+
+
+def test_agreement_is_measured_against_every_view_in_float32(crew: ensemble.Ensemble, tmp_path: Path) -> None:
+    items = looks.find(photos(tmp_path / "in", 9)[0].parent).items
+    sound = inference.agreement(crew, items, How("geo8", 4, "eager", early_exit=1))
+    assert sound["agreement/labels"] == 1
+    assert sound["agreement/images"] == 9
+    half = inference.agreement(crew, items, How("geo8", 4, "eager", "bf16"))
+    assert 0 < half["agreement/change"] < 0.1
+    assert not How(precision="bf16").is_exact
+
+
+@pytest.mark.slow
+def test_the_command(house: House, refuses: Callable[[Outcome, str], None]) -> None:
+    for fold in range(2):
+        checkpoint(house.home / "models" / f"f{fold}", fold)
+    paths = photos(house.home / "in")
+    (house.home / "in" / "broken.png").write_bytes(b"")
+    result = house.run("infer", "--model", "models", "--images", "in", "--sort_into", "sorted").result
+    assert result["views"] == "geo8"  # the recipe's
+    assert result["skipped"] == [{"file": "broken.png", "reason": "an empty file (0 bytes)"}]
+    assert result["sorted"] == 7
+    said = Predictions.load(result["predictions"])
+    crew = ensemble.load(house.home / "models")
+    for batch in inference.stream(crew, looks.find(paths[0].parent).items, How("geo8", 3)):
+        ids = [item.sample_id for item in batch.items]
+        np.testing.assert_allclose(said.take(ids).values, batch.values, atol=1e-6)
+    fast = house.run("infer", "--model", "models", "--images", "in", "--early_exit", "1", "--out", "fast").result
+    assert fast["agreement/labels"] == 1
+    assert "predictions" not in fast  # labels only
+    lines = [line.split(",") for line in (house.home / "fast" / "labels.csv").read_text().splitlines()]
+    assert lines[0] == ["file", "sample_id", "predicted"]
+    rows = {name: CLASSES[values.argmax()] for name, values in zip(said.sample_ids, said.values, strict=True)}
+    assert {line[1]: line[2] for line in lines[1:]} == rows
+    refuses(house.run("infer", "--images", "in"), "--model, or --competition")

@@ -71,7 +71,7 @@ class Ensemble:
         classes: column order of what comes out.
         name: what the predictions are called.
         combine: members to one; None = the only member, or their plain mean.
-        views: the views it was fitted with, or "" when any will do.
+        views: the views a blend was fitted with; of a bag, the views its recipe asks for.
         about: the blend's description, where it is one.
         equipped: the engine and precision asked for, once the voices have theirs.
     """
@@ -180,7 +180,8 @@ def bag(voices: Sequence[Voice], name: str = "") -> Ensemble:
         groups.setdefault(voice.card.member, []).append(place)
     bags = {member: [(place, 1 / len(places)) for place in places] for member, places in groups.items()}
     title = name or "+".join(groups)
-    return Ensemble(list(voices), bags, tuple(voices[0].card.classes), title)
+    views = str(voices[0].card.recipe.get("tta") or "none")
+    return Ensemble(list(voices), bags, tuple(voices[0].card.classes), title, views=views)
 
 
 def _load_blend(folder: Path, device: str) -> Ensemble:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Figure  # for the signatures of others
 
 from octofold.files import atomic
 
@@ -287,7 +287,8 @@ def explanation(
         classes: C names.
         nearest: training images with their captions.
     """
-    figure = new_figure(9.0, 4.6)
+    figure = new_figure(9.0, 5.2)
+    figure.set_layout_engine("tight")
     columns = max(3, len(nearest))
     top = figure.add_subplot(2, 2, 1)
     top.imshow(image)

@@ -31,8 +31,7 @@ class Served(PythonModel):
         from octofold import ensemble, inference
 
         self.crew = ensemble.load(context.artifacts["model"])
-        recipe = self.crew.voices[0].card.recipe  # a slot on its own is served with the views of its OOF
-        self.how = inference.How(self.crew.views or recipe.get("tta") or "none", BATCH, os.environ.get(ENGINE, "eager"))
+        self.how = inference.How(self.crew.views, BATCH, os.environ.get(ENGINE, "eager"))
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Predict images.
