@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ def probe(settings: Probe) -> dict[str, Any]:
         f"{settings.field}: {', '.join(settings.values)}" if settings.field else " / ".join(a.member for a in recipes)
     )
     with tracking.run("probe", settings, table.competition, title[:200]) as run:
-        oofs = {arm.member: _train(arm, settings, table.competition) for arm in recipes}
+        oofs = {arm.member: train_arm(arm, settings.manifest, table.competition) for arm in recipes}
         findings = compare(oofs, table, metric, settings.probe_seed)
         text = summary(findings, metric, len(base.seeds))
         log.info("%s", text)
@@ -80,10 +81,10 @@ def probe(settings: Probe) -> dict[str, Any]:
     }
 
 
-def _train(arm: Recipe, settings: Probe, competition: str) -> dict[int, Predictions]:
+def train_arm(arm: Recipe, path: Path, competition: str) -> dict[int, Predictions]:
     """Train an arm (or find it trained) and return its OOF by training seed."""
     plain = {name: getattr(arm, name) for name in Recipe.model_fields}
-    filled = members.train(Train(**plain, manifest=settings.manifest))["slots"]
+    filled = members.train(Train(**plain, manifest=path))["slots"]
     known = registry.slots(competition, [arm.member]).get(arm.member, {})
     slots = [slot for versions in known.values() for slot in versions if f"{slot.name}/{slot.version}" in filled]
     parts: dict[int, list[Predictions]] = {}
