@@ -4,6 +4,8 @@
     python entrypoints/prepare.py --competition grocery15 --images photos/train --labels photos/train.csv \\
         --test_images photos/test --sample_submission photos/sample_submission.csv
     python entrypoints/prepare.py --competition pets --images folder_of_class_folders/
+    python entrypoints/prepare.py --competition pets --source hf:timm/oxford-iiit-pet
+    python entrypoints/prepare.py --competition birds --source kaggle:bird-competition
     python entrypoints/prepare.py --competition pets --images folder_of_class_folders/ --decisions decisions.jsonl
 
 Raw data stays as it is. A sample's id comes from its content, so moving or renaming a file changes nothing.
@@ -19,7 +21,7 @@ def run(config: Prepare) -> dict[str, object]:
 
     preparing.check(config)
     with tracking.run("prepare", config, config.competition, name=f"prepare {config.competition}") as run:
-        source = importing.digits(config) if config.builtin == "digits" else config
+        source = importing.fetch(config)
         prepared = preparing.prepare(source)
         paths = preparing.write(prepared, source)
         manifest = prepared.manifest

@@ -3,7 +3,7 @@
 import os
 import re
 
-_SECRET_NAME = re.compile(r"PASSWORD|PASSWD|TOKEN|SECRET|CREDENTIAL|ACCESS_KEY|API_KEY", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"PASSWORD|PASSWD|TOKEN|SECRET|CREDENTIAL|_KEY$", re.IGNORECASE)
 _URL_PASSWORD = re.compile(r"(\w://[^\s:/@]*):[^\s@/]+@")
 
 

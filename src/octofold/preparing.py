@@ -121,13 +121,17 @@ def check(config: Prepare) -> None:
     Raises:
         UserError: no images named, or a path that is not there.
     """
-    if config.images is None and not config.builtin:
-        raise UserError(
-            "prepare", expected="--images FOLDER (with --labels CSV, or class folders), or --builtin digits"
-        )
+    given = [name for name in ("images", "source", "builtin") if getattr(config, name)]
+    if not given:
+        expected = "--images FOLDER (with --labels CSV, or class folders), --source, or --builtin digits"
+        raise UserError("prepare", expected=expected, got="none of them")
+    if len(given) > 1:
+        raise UserError("prepare", expected="one of --images, --source, --builtin", got=" and ".join(given))
+    if config.source:
+        return  # what it holds is seen when it is there
     if config.sample_submission is not None and config.test_images is None:
         raise UserError("--sample_submission", expected="--test_images as well", got="none")
-    if config.task == "keypoints" and config.labels is None:
+    if config.task == "keypoints" and config.labels is None and not config.builtin:
         raise UserError("prepare", expected="--labels CSV with <point>_x, <point>_y columns", got="no --labels")
     names = ("images", "labels", "classes", "test_images", "sample_submission", "folds_file", "decisions", "previous")
     for name in names:

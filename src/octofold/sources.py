@@ -77,7 +77,31 @@ def read_table(path: Path | str, what: str = "a CSV file") -> pd.DataFrame:
         columns.append(f"{name}.{twins}" if twins else name)
     if len(set(columns)) != len(columns):
         raise UserError(path, expected="distinct column names", got=preview(columns, 12))
+    if columns[0] == "scorer":
+        return _landmarks(header, rows, path)
     return pd.DataFrame(rows, columns=columns, dtype=str)
+
+
+def _landmarks(header: list[str], rows: list[list[str]], path: Path) -> pd.DataFrame:
+    """DeepLabCut's and Lightning Pose's tables: three or four header rows, ``<point>_x, <point>_y`` afterwards.
+
+    The first columns name the image (newer ones in three parts); likelihoods are left out.
+    """
+    heads = {row[0]: row for row in rows[:3] if row[0] in ("individuals", "bodyparts", "coords")}
+    if not {"bodyparts", "coords"} <= set(heads):
+        raise UserError(
+            path, expected="header rows scorer, bodyparts, coords", got=preview([row[0] for row in rows[:3]])
+        )
+    names = [column for column in range(1, len(header)) if not heads["coords"][column]]
+    table = {"image": ["/".join([row[0], *(row[column] for column in names)]) for row in rows[len(heads) :]]}
+    for column in range(1, len(header)):
+        if heads["coords"][column] in ("x", "y"):
+            who = [heads[kind][column] for kind in ("individuals", "bodyparts") if kind in heads]
+            name = "_".join([*who, heads["coords"][column]])
+            if name in table:
+                raise UserError(path, expected="each point once", got=f"'{name}' twice")
+            table[name] = [row[column] for row in rows[len(heads) :]]
+    return pd.DataFrame(table, dtype=str)
 
 
 def column(table: pd.DataFrame, name: str, path: object, flag: str) -> "pd.Series[str]":
