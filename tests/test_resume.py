@@ -1,0 +1,162 @@
+"""Exact resume: whatever kills or stops a training, the same call ends with the same bits and leaves one trace."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import REPOSITORY
+from octofold import checkpoint, training
+from octofold.errors import UserError
+from octofold.manifest import Manifest
+from octofold.recipe import Recipe
+from world import make_world
+
+LEFT_BEHIND = """
+import json
+from octofold import tracking
+api = tracking.client()
+runs = []
+for run in tracking.find_runs("tiny"):
+    points = [(key, point) for key in run.metrics for point in api.get_metric_history(run.id, key)]
+    history = sorted((key, point.step, point.value) for key, point in points)
+    steps = [(key, point.step) for key, point in points]
+    runs.append({"status": run.status, "tags": run.tags, "steps": steps, "history": history})
+names = [model.name for model in api.search_registered_models()]
+versions = {name: len(api.search_model_versions(f"name='{name}'")) for name in names}
+print(json.dumps({"runs": runs, "versions": versions}))
+"""
+
+
+def python(*arguments: str, home: Path) -> str:
+    """Run Python in a house and return its stdout."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+    environment = kept | {"OCTOFOLD_HOME": str(home), "OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_killed_anywhere_it_ends_with_the_same_bits_and_one_trace(tmp_path: Path) -> None:
+    kills = json.loads(python(str(REPOSITORY / "tests" / "killing.py"), str(tmp_path), "3", home=tmp_path))
+    assert sum(kills.values()) >= 20, kills
+    left = json.loads(python("-c", LEFT_BEHIND, home=tmp_path))
+    slots = {run["tags"]["member"]: run for run in left["runs"] if run["tags"]["entry"] == "train.slot"}
+    runs = Counter((run["tags"]["member"], run["tags"]["entry"]) for run in left["runs"])
+    assert set(runs.values()) == {1}, f"more than one run for a slot: {runs}"
+    assert {run["status"] for run in left["runs"]} == {"FINISHED"}
+    assert set(left["versions"].values()) == {1}, left["versions"]
+    for run in left["runs"]:
+        steps = Counter(map(tuple, run["steps"]))
+        assert set(steps.values()) <= {1}, f"a metric logged twice: {steps.most_common(3)}"
+    for member in kills:
+        whole = slots[f"{member.partition('-')[0]}-whole"]
+        assert slots[member]["tags"]["model_sha"] == whole["tags"]["model_sha"], member
+        assert slots[member]["history"] == whole["history"], member
+    resumed = "".join(log.read_text() for log in tmp_path.glob("*-killed*.log"))
+    assert "goes on at phase" in resumed  # not merely begun anew each time
+
+
+RECIPE: dict[str, Any] = {
+    "model": {"name": "small_cnn", "input_size": 16},
+    "augment": {"preset": "baseline"},
+    "optim": {"sam_rho": 0.05},
+    "phases": [{"epochs": 2}, {"name": "more", "epochs": 1, "optimizer": "sgd"}],
+    "batch_size": 8,
+    "tta": "none",
+    "runtime": {"precision": "fp32", "channels_last": "on"},
+}
+
+
+def train(home: Path, folder: str, report: Any = None, **changes: Any) -> training.SlotResult:
+    """Train fold 0 of the tiny world in `folder`."""
+    recipe = Recipe.model_validate(RECIPE | changes)
+    return training.train_slot(recipe, manifest_of(home), 0, 0, home / folder, report or (lambda *_: None))
+
+
+def manifest_of(home: Path) -> Manifest:
+    """The tiny world, with its pixel cache inside `home`."""
+    return make_world(home, samples=48)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A house for in-process trainings."""
+    for module in ("images", "features", "calibration", "engine"):
+        monkeypatch.setattr(f"octofold.{module}.ROOT", tmp_path)
+    torch.set_num_threads(1)
+    return tmp_path
+
+
+def leaves(value: Any, name: str = "") -> list[tuple[str, Any]]:
+    """All tensors and plain values of a checkpoint."""
+    if isinstance(value, dict):
+        return [leaf for key, item in value.items() for leaf in leaves(item, f"{name}.{key}")]
+    if isinstance(value, list):
+        return [leaf for place, item in enumerate(value) for leaf in leaves(item, f"{name}.{place}")]
+    return [(name, value)]
+
+
+def test_a_stop_file_and_control_c_leave_the_same_state(home: Path) -> None:
+    whole = train(home, "whole")
+
+    def stop_file(epoch: int, metrics: dict[str, float]) -> None:
+        (home / "stopped" / "stop").touch()
+
+    def control_c(epoch: int, metrics: dict[str, float]) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    for folder, report in (("stopped", stop_file), ("broken", control_c)):
+        with pytest.raises(KeyboardInterrupt):
+            train(home, folder, report)
+    ours, theirs = (dict(leaves(checkpoint.load(home / folder))) for folder in ("stopped", "broken"))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        same = torch.equal(value, theirs[name]) if isinstance(value, torch.Tensor) else value == theirs[name]
+        assert same, name
+    sha = (whole.model_folder / "model.safetensors").read_bytes()
+    for folder in ("stopped", "broken"):
+        assert (train(home, folder).model_folder / "model.safetensors").read_bytes() == sha
+    assert not (home / "stopped" / "stop").exists()
+
+
+def test_a_changed_recipe_manifest_or_code_is_refused_by_name(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(epoch: int, metrics: dict[str, float]) -> None:
+        (home / "slot" / "stop").touch()
+
+    with pytest.raises(KeyboardInterrupt):
+        train(home, "slot", stop)
+    with pytest.raises(UserError, match=r"recipe optim\.lr \(default -> 0\.01\)"):
+        train(home, "slot", optim={"sam_rho": 0.05, "lr": 0.01})
+    table = manifest_of(home)
+    table.table.loc[0, "label"] = "birch"
+    with pytest.raises(UserError, match="manifest hash"):
+        training.train_slot(Recipe.model_validate(RECIPE), table, 0, 0, home / "slot", lambda *_: None)
+    before = checkpoint.code_versions()
+    monkeypatch.setattr(checkpoint, "code_versions", lambda: before | {"code training.py": "other"})
+    with pytest.raises(UserError, match=r"code training\.py"):
+        train(home, "slot")
+    monkeypatch.setattr(checkpoint, "code_versions", lambda: before)
+    train(home, "slot", member="renamed", runtime={"precision": "fp32", "channels_last": "on", "checkpoint_s": 1})
+
+
+def test_a_damaged_checkpoint_is_refused(home: Path) -> None:
+    home.joinpath("slot").mkdir()
+    (home / "slot" / "checkpoint.pt").write_bytes(b"half a checkpo")
+    with pytest.raises(UserError, match="--restart"):
+        train(home, "slot")
+
+
+def test_a_finished_slot_is_returned_not_trained(home: Path) -> None:
+    first = train(home, "slot")
+    again = train(home, "slot", lambda *_: pytest.fail("trained again"))
+    assert again.metrics == first.metrics
+    assert (again.oof["none"].values == first.oof["none"].values).all()
