@@ -14,6 +14,7 @@ FOUNDATION = {"errors", "files", "config", "store", "outage", "provenance", "spo
 LEAVES = {"recipe", "commands", "metrics", "tta", "tracking", "compute", "plots", "profiling"}
 PARTS = {
     "validation",
+    "distill",
     "calibration",
     "job",
     "interrupt",

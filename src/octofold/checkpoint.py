@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from octofold.distill import find_teacher
 from octofold.errors import UserError, preview
 from octofold.files import atomic, read_json, sha256_file, sha256_json, write_json
 from octofold.recipe import Recipe
@@ -61,6 +62,8 @@ def identity(recipe: Recipe, manifest_hash: str, fold: int, seed: int, start: Pa
     slot = {"manifest hash": manifest_hash, "fold": str(fold), "seed": str(seed)}
     if start is not None:
         slot["starting weights"] = sha256_file(start / "model.safetensors" if start.is_dir() else start)
+    if recipe.distill.teacher:
+        slot["teacher"] = sha256_file(find_teacher(recipe.distill.teacher))
     return settings_of(recipe) | slot | code_versions()
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from octofold import calibration, checkpoint, harden, models, optim
+from octofold import calibration, checkpoint, distill, harden, models, optim
 from octofold.batches import Batches, Features, Order, Pixels, seed_of
 from octofold.compute import Devices
 from octofold.errors import UserError, preview
@@ -71,6 +71,7 @@ class Job:
     metric: str
     runtime: dict[str, Any]
     class_weight: torch.Tensor | None
+    teacher: torch.Tensor | None
     progress: Progress
     average: optim.Average
     scale: optim.LossScale
@@ -194,6 +195,9 @@ def open_job(
         raise UserError("augment.mixup_prob, augment.cutmix_prob", expected="0: points cannot be mixed")
     torch.manual_seed(seed_of(seed))
     net = models.build(recipe.model, task.outputs, start=start).to(devices.device)
+    if devices.world > 1 and devices.device.type == "cuda":
+        # Else a process would normalise by its share of a batch.
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
     if saved is not None:
         runtime = saved["runtime"]
         torch.set_num_threads(runtime["threads"])  # the number of threads decides the order of sums
@@ -224,6 +228,9 @@ def open_job(
         metric=metric_of(recipe, task),
         runtime=runtime,
         class_weight=weights,
+        teacher=torch.from_numpy(distill.read_teacher(recipe.distill, manifest, train))
+        if recipe.distill.teacher
+        else None,
         progress=Progress(),
         average=optim.Average(recipe.average),
         scale=optim.LossScale(runtime["precision"] == "fp16"),

@@ -26,8 +26,10 @@ class Model(Section):
     crop_pct: float = Field(1.0, gt=0, le=1, description="share of the resized short side that the centre crop keeps")
     drop_rate: float = Field(0.0, ge=0, lt=1, description="dropout before the head, share")
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth, share (models that have it)")
-    head: Literal["linear", "mlp"] = Field("linear", description="the layer(s) put on the trunk's features")
-    head_hidden: int = Field(512, ge=1, description="width of the mlp head's hidden layer")
+    head: Literal["linear", "mlp", "heatmap"] = Field(
+        "linear", description="the layer(s) put on the trunk's features; heatmap: points as centres of mass"
+    )
+    head_hidden: int = Field(512, ge=1, description="width of the mlp or heatmap head's hidden layer")
     normalize: Literal["weights", "imagenet", "half", "none"] = Field(
         "weights", description="mean and std of the pixels: what the weights were trained with, or one of the usual"
     )
@@ -86,6 +88,17 @@ class Loss(Section):
     balance_twice: bool = Field(
         False, description="class_weights and weighted_sampler together: rare classes count squared (original 000)"
     )
+
+
+class Distill(Section):
+    """Learning from a blend's out-of-fold probabilities beside the labels."""
+
+    teacher: str = Field(
+        "",
+        description="OOF Predictions: a .parquet, runs:/RUN/oof/VIEWS.parquet, or models:/X.blend@production; '' = off",
+    )
+    share: float = Field(0.7, ge=0, le=1, description="of the loss that is the distance to the teacher")
+    temperature: float = Field(2.0, gt=0, description="softens the teacher's and the student's probabilities alike")
 
 
 class Average(Section):
@@ -148,6 +161,7 @@ class Recipe(Section):
     optim: Optim = Optim()
     loss: Loss = Loss()
     average: Average = Average()
+    distill: Distill = Distill()
     phases: list[Phase] = Field([Phase()], min_length=1, description="run one after the other")
     batch_size: int = Field(32, ge=1, description="images per batch")
     metric: str = Field("accuracy", description="row of metrics.METRICS that chooses checkpoints and is shown first")
@@ -170,6 +184,8 @@ class Recipe(Section):
     def _consistent(self) -> "Recipe":
         if self.augment.mixup_prob + self.augment.cutmix_prob > 1:
             raise ValueError("augment.mixup_prob + augment.cutmix_prob must be at most 1")
+        if self.distill.teacher and self.augment.mixup_prob + self.augment.cutmix_prob:
+            raise ValueError("distill.teacher speaks of whole images: mixup_prob and cutmix_prob must be 0 beside it")
         if len({phase.name for phase in self.phases}) != len(self.phases):
             raise ValueError("phases must have different names")
         if self.loss.class_weights and self.loss.weighted_sampler and not self.loss.balance_twice:

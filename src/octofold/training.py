@@ -18,6 +18,7 @@ import torch
 from octofold import checkpoint, optim, profiling
 from octofold.batches import MicroBatch, seed_of
 from octofold.compute import Devices, device_setup
+from octofold.distill import teach
 from octofold.interrupt import StopRequest
 from octofold.job import Job, Part, enter, open_job, set_mode
 from octofold.job import metric_of as metric_of
@@ -85,7 +86,7 @@ def train_slot(
                     now.losses.append(_update(job, part, batch))
                     tick()
                     now.step += 1
-                    if (asked := stop.is_set()) or clock.is_due():
+                    if (asked := job.devices.any(stop.is_set())) or clock.is_due():
                         _save(job, clock, part)
                     if asked:
                         raise KeyboardInterrupt
@@ -137,6 +138,9 @@ def _gradients(job: Job, part: Part, batch: list[MicroBatch], seed: int) -> floa
         with job.autocast():
             logits = part.forward(job.laid_out(micro.inputs))
         loss = job.task.loss(logits.float(), micro.target, job.recipe.loss, job.class_weight)
+        if job.teacher is not None:
+            soft = job.teacher[torch.from_numpy(micro.rows)].to(logits.device)
+            loss = teach(loss, logits.float(), soft, job.recipe.distill)
         (loss * (micro.share * job.scale.value)).backward()  # type: ignore[no-untyped-call]
         total += loss.detach() * micro.share
     job.devices.sum_gradients(part.parameters)
@@ -187,6 +191,7 @@ def _count_skipped(job: Job, finite: bool) -> None:
 def _finish_epoch(job: Job, part: Part) -> dict[str, float]:
     """Validate, keep the best weights, write the epoch into the history; return its metrics."""
     now, recipe = job.progress, job.recipe
+    job.devices.average_buffers(job.net)
     if recipe.average.kind == "swa" and len(now.history) >= recipe.average.start_epoch:
         job.average.update(job.net)
     rate = part.optimizer.param_groups[0]["lr"] / (part.optimizer.param_groups[0].get("factor") or 1)
