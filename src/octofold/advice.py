@@ -1,7 +1,10 @@
 """Advice: what to do next in a competition, the most telling first, each with its reason and its command."""
 
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from octofold.files import ROOT
 
 
 class Step(NamedTuple):
@@ -25,13 +28,19 @@ def next_steps(page: dict[str, Any], facts: Any, most: int = 6) -> list[Step]:
     return found[:most]
 
 
+def _path(facts: Any) -> str:
+    """The manifest's path as one would type it in the project folder."""
+    file = Path(facts.manifest.file)
+    return str(file.relative_to(ROOT) if file.is_relative_to(ROOT) else file)
+
+
 def _blend(page: dict[str, Any], facts: Any) -> Step | None:
     ready = [member for member in facts.members if member.stage == "production"]
     if not facts.members:
         return Step(
             "Train a first member",
             "Nothing is registered yet.",
-            f"python entrypoints/train.py --manifest {facts.manifest.file} --config configs/…yaml --stage production",
+            f"python entrypoints/train.py --manifest {_path(facts)} --config configs/….yaml --stage production",
         )
     if facts.main is None and not ready:
         name = facts.members[0].name
@@ -84,7 +93,7 @@ def _one_seed(page: dict[str, Any], facts: Any) -> Step | None:
         "Train a second seed",
         "Every member has one, so no interval here knows how much the luck of a training run matters; "
         "averaging seeds also helps the score.",
-        f"python entrypoints/train.py --manifest {facts.manifest.file} --config configs/…yaml --seeds 0,1",
+        f"python entrypoints/train.py --manifest {_path(facts)} --config configs/….yaml --seeds 0,1",
     )
 
 
@@ -95,7 +104,7 @@ def _stale(page: dict[str, Any], facts: Any) -> Step | None:
     return Step(
         f"Retrain {', '.join(stale[:3])}",
         "Trained on another version of the data, so they cannot be compared or blended with the rest.",
-        f"python entrypoints/train.py --manifest {facts.manifest.file} --config configs/…yaml",
+        f"python entrypoints/train.py --manifest {_path(facts)} --config configs/….yaml",
     )
 
 
@@ -106,7 +115,7 @@ def _labels(page: dict[str, Any], facts: Any) -> Step | None:
     return Step(
         f"Look at {found['sure']} labels",
         "The models contradict them with more than 0.9 confidence, although none trained on the image in question.",
-        f"python entrypoints/clean.py --manifest {facts.manifest.file} --competition {facts.competition}",
+        f"python entrypoints/clean.py --manifest {_path(facts)} --competition {facts.competition}",
     )
 
 
@@ -178,5 +187,5 @@ def _tune(page: dict[str, Any], facts: Any) -> Step | None:
     return Step(
         "Tune a head overnight",
         "No study has been run; with a frozen trunk a trial costs seconds, and the verdict says whether it is noise.",
-        f"python entrypoints/tune.py --manifest {facts.manifest.file} --config configs/tune/grocery_head.yaml",
+        f"python entrypoints/tune.py --manifest {_path(facts)} --config configs/tune/….yaml",
     )

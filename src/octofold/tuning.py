@@ -131,6 +131,8 @@ def search(
             studies.give_out_again(study, trial.number)
             raise
         failures.clear()
+        scored = ", ".join(f"{name} {mean:.4f}" for name, mean in zip(plan.objectives, attempt.means, strict=True))
+        log.info("trial %d: %s (%s, %d slots)", attempt.number, scored, attempt.outcome, len(attempt.scores))
         return attempt.means
 
     while not (limit := budget.spent(study, len(plan.slots))):

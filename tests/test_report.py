@@ -1,0 +1,194 @@
+"""The report: read back from a real MLflow store, every number defined, and nothing in it can run or phone home."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from labelled import CLASSES, make_manifest, make_oof
+from octofold import advice, axes, chronicle, page, predictions, registry, report, tracking, versions
+from octofold.commands import Report
+from octofold.errors import UserError
+from octofold.files import sha256_file, write_json, write_text
+from octofold.manifest import Manifest
+from octofold.predictions import Predictions
+
+SCORES = {
+    "score/public": 0.91,
+    "score/private": 0.88,
+    "estimate/accuracy": 0.9,
+    "estimate/low": 0.85,
+    "estimate/high": 0.95,
+}
+
+
+def train(table: Manifest, oof: Predictions, folder: Path, member: str, **settings: object) -> None:
+    """Leave in MLflow what training a member leaves, without training."""
+    tags = {"member": member, "manifest_hash": table.hash}
+    with tracking.run("train", None, "world", member, tags) as parent:
+        parent.log_params({f"cfg.{key}": value for key, value in settings.items()})
+        for fold in table.folds:
+            with tracking.run("train.slot", None, "world", tags=tags | {"fold": fold}, parent=parent) as run:
+                mine = folder / run.id
+                oof.take(table.sample_ids[table.fold == fold]).save(mine / "oof" / "none.parquet")
+                run.log_artifacts(mine / "oof", "oof")
+                weights = mine / "model" / "model.safetensors"
+                write_text(weights, f"{member} {fold}")
+                card = {"recipe": {}, "task": "classify", "classes": list(CLASSES), "competition": "world"}
+                card |= {"member": member, "fold": fold, "seed": 0, "manifest_hash": table.hash}
+                write_json(mine / "model" / "model.json", card | {"model_sha": sha256_file(weights)})
+                slot = registry.register_slot(run, mine / "model")
+                versions.set_alias(slot.name, "production", slot.version)
+
+
+def blend(table: Manifest, oof: Predictions, folder: Path, numbers: dict[str, float]) -> None:
+    """Leave in MLflow what a blend leaves."""
+    tags = {"manifest_hash": table.hash, "method": "equal", "views": "none"}
+    with tracking.run("blend", None, "world", tags=tags) as run:
+        run.log_params({"cfg.public_share": 0.4})
+        run.log_metrics({"oof/accuracy": 0.9, "oof/accuracy_low": 0.8, "oof/accuracy_high": 0.95, **numbers})
+        oof.save(folder / "none.parquet")
+        run.log_artifact(folder / "none.parquet", "oof")
+        run.log_dict({"method": "equal", "members": ["one", "two"], "weights": [0.5, 0.5]}, "blend_weights.json")
+        run.log_text("The folds flatter: expect <less>.\nA second line.\n", "report.txt")
+
+
+@pytest.fixture
+def world(mlruns: Path, tmp_path: Path) -> tuple[Manifest, dict[str, Predictions]]:
+    """A manifest and two members' OOF."""
+    table, truth = make_manifest(tmp_path, wrong={3: 1, 7: 2})
+    return table, {"one": make_oof(table, truth, 0, 0.5), "two": make_oof(table, truth, 1, 0.2)}
+
+
+def config(table: Manifest, folder: Path) -> Report:
+    return Report(competition="world", manifest=table.file, out=folder / "out")
+
+
+class Reader(HTMLParser):
+    """Collects tags and text, and sees that what is opened is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "br", "line", "rect", "circle", "path", "polyline"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("line", "rect", "circle", "path", "polyline"):
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data
+
+
+@pytest.mark.slow
+def test_the_page_is_whole_self_contained_and_inert(
+    world: tuple[Manifest, dict[str, Predictions]], tmp_path: Path
+) -> None:
+    table, oof = world
+    for name, own in oof.items():
+        train(table, own, tmp_path, name, **{"optim.lr": 0.1 if name == "one" else 0.2})
+    blend(table, predictions.average(list(oof.values())), tmp_path, SCORES | {"member/one": 0.9, "member/two": 0.8})
+    with tracking.run("report", None, "world") as run:
+        result = report.write(config(table, tmp_path), run)
+    text = Path(result["report"]).read_text()
+    read = Reader(text)
+    assert "report.html" in tracking.list_artifacts(run.id)
+    assert not [tag for tag, _ in read.tags if tag in ("script", "link", "iframe", "object", "base", "form", "img")]
+    assert not [name for _, attrs in read.tags for name in attrs if name.startswith("on")]
+    links = [attrs[name] for _, attrs in read.tags for name in ("href", "src") if name in attrs]
+    assert links
+    assert all(str(link).startswith("#") for link in links)
+    ids = {attrs["id"] for _, attrs in read.tags if "id" in attrs}
+    assert {str(link)[1:] for link in links} <= ids
+    assert "url(" not in text
+    assert not re.search(r"\b(nan|inf|None|undefined)\b", read.text)
+    assert "<b>kiwi</b>" in read.text  # the class name as text, not as markup
+    for words in ("0.900", "The folds flatter: expect <less>.", "optim.lr 0.1 for 0.2", "over the plain mean",
+                  "over the blend without two", "equal", "public 0.9100", "inside the interval"):  # fmt: skip
+        assert words in read.text, words
+
+
+def test_a_competition_with_nothing_in_it_says_where_to_begin(
+    world: tuple[Manifest, dict[str, Predictions]], tmp_path: Path
+) -> None:
+    table, _ = world
+    facts = report.collect(config(table, tmp_path))
+    shown = page.analyse(facts)
+    steps = advice.next_steps(shown, facts)
+    assert steps[0].what == "Train a first member"
+    text = report.render(shown | {"advice": steps})
+    assert "nothing is trained yet" in Reader(text).text
+
+
+@pytest.mark.slow
+def test_what_cannot_be_compared_is_listed_with_the_reason(
+    world: tuple[Manifest, dict[str, Predictions]], tmp_path: Path
+) -> None:
+    table, oof = world
+    train(table, oof["one"], tmp_path, "one")
+    fewer = table.take(table.fold != 0)
+    members = {member.name: member for member in chronicle.members("world", fewer, "none")}
+    assert members["one"].oof is None
+    assert members["one"].missing == "another data version"
+    members = {member.name: member for member in chronicle.members("world", table, "geo8")}
+    assert members["one"].missing == "no OOF with views geo8"
+    whole = chronicle.members("world", table, "none")[0]
+    assert whole.oof is not None
+    np.testing.assert_array_equal(whole.oof.sample_ids, table.sample_ids)
+    np.testing.assert_allclose(whole.oof.values, oof["one"].values, atol=1e-6)
+    facts = report.collect(config(table, tmp_path))
+    steps = advice.next_steps(page.analyse(facts), facts)
+    assert steps[0].what == "Blend the members in production"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[0.0], [0.913, 0.9131], [-3.0, 250.0], [0.1, 0.7, 0.4], [float("nan"), 0.5], [], [1e-6, 2e-6], [5.0, 5.0]],
+)
+def test_axes_hold_their_values_between_round_ticks(values: list[float]) -> None:
+    scale = axes.fit(values)
+    finite = [value for value in values if np.isfinite(value)]
+    assert all(scale.holds(value) for value in finite)
+    assert 2 <= len(scale.ticks) <= 12
+    assert scale.at(scale.low) == 0.0
+    assert scale.at(scale.high) == 100.0
+    labels = [scale.label(tick) for tick in scale.ticks]
+    assert len(set(labels)) == len(labels)
+
+
+def test_one_failed_blend_does_not_squeeze_the_others() -> None:
+    scale = axes.robust([0.99, 0.985, 0.988, 0.36], higher_is_better=True)
+    assert scale.low > 0.9
+    assert scale.at(0.36) == 0.0
+
+
+def test_wilson_bars_and_confusions_add_up() -> None:
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet(np.ones(3), 200).astype(np.float32)
+    target = rng.integers(0, 3, 200)
+    found = page.calibration(probs, target)
+    assert sum(row[4] for row in found["rows"]) == 200
+    assert all(0 <= low <= share <= high <= 1 for _, share, low, high, _ in found["rows"])
+    wrong = page.confusions(probs, target, ("a", "b", "c"))
+    assert wrong["errors"] == int((probs.argmax(axis=1) != target).sum()) == sum(count for *_, count in wrong["pairs"])
+
+
+def test_a_metric_of_the_other_task_falls_back_and_a_missing_manifest_is_told(
+    world: tuple[Manifest, dict[str, Predictions]], tmp_path: Path
+) -> None:
+    table, _ = world
+    asked = Report(competition="world", manifest=table.file, metric="mse")
+    assert report.collect(asked).metric_name == "accuracy"
+    with pytest.raises(UserError, match="manifest"):
+        report.collect(Report(competition="world", manifest=tmp_path / "none.csv"))
