@@ -46,8 +46,11 @@ class Devices:
         """Add up the gradients of all processes, in one message per dtype."""
         if self.world == 1:
             return
-        grads = [parameter.grad for parameter in parameters if parameter.requires_grad]
-        present = [grad for grad in grads if grad is not None]
+        moving = [parameter for parameter in parameters if parameter.requires_grad]
+        if all(parameter.grad is None for parameter in moving):  # this process had no image of a small step
+            for parameter in moving:
+                parameter.grad = torch.zeros_like(parameter)
+        present = [parameter.grad for parameter in moving if parameter.grad is not None]
         for dtype in sorted({grad.dtype for grad in present}, key=str):
             some = [grad for grad in present if grad.dtype == dtype]
             flat = torch.cat([grad.reshape(-1) for grad in some])
@@ -62,6 +65,21 @@ class Devices:
         total = torch.tensor([value], dtype=torch.float64, device="cpu" if self.device.type != "cuda" else self.device)
         dist.all_reduce(total)
         return float(total.item())
+
+    def any(self, value: bool) -> bool:
+        """Tell whether any process says so."""
+        return value if self.world == 1 else self.sum(float(value)) > 0
+
+    def average_buffers(self, net: nn.Module) -> None:
+        """Make BatchNorm's running statistics the mean over all processes."""
+        if self.world == 1:
+            return
+        for module in net.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                for buffer in (module.running_mean, module.running_var):
+                    if buffer is not None:
+                        dist.all_reduce(buffer)
+                        buffer.div_(self.world)
 
     def gather(self, value: Any) -> list[Any]:
         """Return every process's value, in order of rank."""

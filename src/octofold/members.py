@@ -8,7 +8,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -43,6 +43,8 @@ def train(config: Train) -> dict[str, Any]:
     jobs = [(fold, seed) for seed in config.seeds for fold in folds]
     tags = _tags(recipe, table)
     devices = device_setup(recipe.runtime.device, recipe.runtime.threads)
+    if not devices.is_main:
+        _accompany(recipe, table, devices)
     for smell in recipe.smells():
         log.warning("%s: %s", recipe.member, smell)
     for fold, seed in jobs:
@@ -58,6 +60,7 @@ def train(config: Train) -> dict[str, Any]:
             oof, version = _fill(config, recipe, table, fold, seed, parent, tags, devices)
             parts.setdefault(seed, []).append(oof)
             versions.append(version)
+        devices.from_main(None)  # nothing more for the processes that accompany
         metrics = _score(recipe, table, parts, parent)
         log_once(parent, metrics, 0)
         if config.stage:
@@ -65,6 +68,15 @@ def train(config: Train) -> dict[str, Any]:
                 parent, table.competition, recipe.member, config.stage, manifest_hash=table.hash, all_folds=table.folds
             )
     return {"run_id": parent.id, "member": recipe.member, "slots": versions, **metrics}
+
+
+def _accompany(recipe: Recipe, table: Manifest, devices: Devices) -> NoReturn:
+    """In the other processes of an `accelerate launch`: train the slots that the main one says, speak to nobody."""
+    while (job := devices.from_main(None)) is not None:
+        fold, seed = job
+        folder, start = _folder(table, recipe, fold, seed), _start(recipe, fold, seed)
+        training.train_slot(recipe, table, fold, seed, folder, lambda *_: None, devices, start)
+    raise SystemExit(0)
 
 
 def _fill_side_by_side(
@@ -186,6 +198,7 @@ def _fill(
             if epoch not in seen:
                 run.log_metrics(metrics, step=epoch)
 
+        devices.from_main((fold, seed))
         result = training.train_slot(recipe, table, fold, seed, folder, report, devices, _start(recipe, fold, seed))
         for extra in ("profile", "tensorboard"):
             if (folder / extra).is_dir():
