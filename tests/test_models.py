@@ -248,3 +248,29 @@ def test_depth_grows_from_pixels_to_head(name: str) -> None:
     assert min(found.values()) == 0
     assert {key for key, value in found.items() if value == max(found.values())} == {"head.1.weight", "head.1.bias"}
     assert set(found.values()) == set(range(max(found.values()) + 1))
+
+
+@pytest.mark.parametrize("name", ["small_cnn", "simple_cnn_v2", "resnet18", "tf_efficientnet_lite0"])
+def test_a_heatmap_head_says_where_mass_is(name: str, tmp_path: Path) -> None:
+    """Features are the last map; points start in the middle, and move exactly onto a map that has one bright pixel."""
+    model = Model(name=name, input_size=64, head="heatmap", head_hidden=8)
+    net = build(model, 4).eval()
+    images = make_images(64)
+    with torch.no_grad():
+        torch.testing.assert_close(net.head(net.features(images)), net(images))
+        assert net(images).abs().max() < 0.1
+        head = net.head
+        bright = torch.full((1, 2, 8, 8), -50.0)
+        bright[0, 0, 5, 2] = bright[0, 1, 0, 7] = 50.0
+        head.finer, head.maps = torch.nn.Identity(), torch.nn.Identity()
+        head.channels = 2
+        torch.testing.assert_close(head(bright.flatten(1)), torch.tensor([[2.5, 5.5, 7.5, 0.5]]) / 8 - 0.5)
+    whole = build(model, 4)
+    card = make_card(model, task="keypoints", classes=("nose", "tail"))
+    write_model(tmp_path, whole, card)
+    torch.testing.assert_close(read_model(tmp_path)[0](images), whole.eval()(images))
+
+
+def test_a_heatmap_needs_a_map() -> None:
+    with pytest.raises(UserError, match="convolutional"):
+        build(Model(name="vit_tiny_patch16_224", head="heatmap"), 4)

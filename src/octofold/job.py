@@ -364,7 +364,8 @@ def _is_cacheable(job: Job, preset: str | list[str], phase: Phase) -> bool:
 def frozen_trunk(job: Job) -> FrozenTrunk:
     """The job's trunk with its cached features; valid while no phase moves the trunk."""
     model = job.recipe.model
-    architecture = f"{model.name} {model.input_size} {'highpass' if job.net.highpass else ''}"
+    kind = f"{'highpass' if job.net.highpass else ''}{'map' if job.net.spatial else ''}"
+    architecture = f"{model.name} {model.input_size} {kind}"
     precision = job.runtime["precision"]
     return FrozenTrunk(job.net, job.cache, job.manifest.competition, architecture, precision)
 

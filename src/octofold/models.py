@@ -14,7 +14,7 @@ from torch import nn
 from octofold import recipe, weights
 from octofold.errors import UserError, preview
 from octofold.files import atomic, read_json, sha256_file, write_json
-from octofold.networks import OWN, Cnn, Net, has_highpass
+from octofold.networks import OWN, Cnn, Heatmap, Net, has_highpass
 
 __all__ = ["ModelCard", "Net", "build", "depths", "read_card", "read_model", "write_model"]
 
@@ -58,6 +58,8 @@ def build(config: recipe.Model, outputs: int, load_weights: bool = True, start: 
     trunk = _own(config) if config.name in OWN else _timm(config, pretrained=source == "pretrained")
     mean, std = _normalization(trunk, config)
     width: Any = getattr(trunk, "head_hidden_size", None) or trunk.num_features
+    if config.head == "heatmap":
+        width = _map_channels(trunk, config)
     net = Net(trunk, _head(config, int(width), outputs), config, mean, std)
     if source not in ("none", "pretrained"):
         _fill(net, config, source)
@@ -79,11 +81,23 @@ def _own(config: recipe.Model) -> nn.Module:
 
 
 def _head(config: recipe.Model, width: int, outputs: int) -> nn.Module:
+    if config.head == "heatmap":
+        return Heatmap(width, outputs, config.head_hidden)
     drop = [nn.Dropout(config.drop_rate)]
     if config.head == "linear":
         return nn.Sequential(*drop, nn.Linear(width, outputs))
     hidden = config.head_hidden  # original 002 on Swin: Linear 512, ReLU, dropout .3, Linear
     return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), *drop, nn.Linear(hidden, outputs))
+
+
+def _map_channels(trunk: nn.Module, config: recipe.Model) -> int:
+    """Channels of the trunk's last feature map; refuse trunks whose last features are no map."""
+    if isinstance(trunk, Cnn):
+        return next(m.out_channels for m in reversed(list(trunk.modules())) if isinstance(m, nn.Conv2d))
+    if hasattr(trunk, "patch_embed") or not hasattr(trunk, "forward_features"):
+        raise UserError("model.head: heatmap", expected="a convolutional network", got=f"model.name: {config.name}")
+    channels: Any = trunk.num_features
+    return int(channels)
 
 
 def _normalization(trunk: nn.Module, config: recipe.Model) -> tuple[tuple[float, ...], tuple[float, ...]]:

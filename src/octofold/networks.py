@@ -36,6 +36,7 @@ class Net(nn.Module):
         self.trunk, self.head = trunk, head
         self.mean, self.std, self.input_size = tuple(mean), tuple(std), config.input_size
         self.highpass = has_highpass(config)
+        self.spatial = config.head == "heatmap"
         # Not in the state dict: they follow from the recipe, and an average of weights must not touch them.
         spread = torch.tensor(std).view(1, 3, 1, 1)
         self.register_buffer("scale", 1 / (255 * spread), persistent=False)
@@ -55,8 +56,15 @@ class Net(nn.Module):
         return torch.cat([pixels, edges.to(pixels.dtype)], dim=1)
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the trunk's pooled features ``(B, F)`` of ``(B, 3, H, W)`` uint8 or float 0..255."""
-        found: Tensor = self.trunk(self.normalize(images))
+        """Return the trunk's pooled features ``(B, F)`` of ``(B, 3, H, W)`` uint8 or float 0..255.
+
+        Under a heatmap head: its last feature map before pooling, ``(B, C h w)``, flattened.
+        """
+        pixels = self.normalize(images)
+        if self.spatial:
+            whole: Tensor = self.trunk.forward_features(pixels)  # type: ignore[operator]
+            return whole.flatten(1)
+        found: Tensor = self.trunk(pixels)
         return found
 
     def forward(self, images: Tensor) -> Tensor:
@@ -88,7 +96,41 @@ class Cnn(nn.Sequential):
         if hidden:
             layers.append(nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(inplace=True)))
         super().__init__(*layers)
-        self.num_features = hidden or channels
+        self.num_features, self.pooled = hidden or channels, 2 * len(widths)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Return the map before the mean over space, ``(B, C, h, w)``."""
+        for layer in list(self)[: self.pooled]:
+            images = layer(images)
+        return images
+
+
+class Heatmap(nn.Module):
+    """Points as centres of mass: the feature map, four times finer, one softmaxed map per point (Sun et al. 2018).
+
+    A pooled feature forgets where things are; a map's centre of mass is a place by itself, so few images suffice.
+    """
+
+    def __init__(self, channels: int, outputs: int, width: int) -> None:
+        super().__init__()
+        self.channels = channels
+        layers: list[nn.Module] = []
+        for inner in (channels, width):
+            layers += [nn.ConvTranspose2d(inner, width, 4, stride=2, padding=1, bias=False)]
+            layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        self.finer = nn.Sequential(*layers)
+        self.maps = nn.Conv2d(width, outputs // 2, 1)
+        nn.init.normal_(self.maps.weight, std=0.01)
+        nn.init.zeros_(self.maps.bias)  # type: ignore[arg-type]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return ``(B, 2P)`` places relative to the square's middle, of ``(B, C h w)`` features."""
+        side = round((features.shape[1] / self.channels) ** 0.5)
+        maps = self.maps(self.finer(features.reshape(-1, self.channels, side, side))).float()
+        share = maps.flatten(2).softmax(dim=2).reshape(maps.shape)  # (B, P, h, w)
+        centres = (torch.arange(maps.shape[-1], device=maps.device, dtype=torch.float32) + 0.5) / maps.shape[-1] - 0.5
+        x, y = (share.sum(dim=2) * centres).sum(dim=2), (share.sum(dim=3) * centres).sum(dim=2)
+        return torch.stack((x, y), dim=2).flatten(1)
 
 
 OWN: dict[str, dict[str, Any]] = {
