@@ -111,13 +111,14 @@ def speak(members: Lineup, judged: Verdict, test: Manifest, bag: str) -> Spoken:
 
 def foresee(members: Lineup, judged: Verdict, said: Spoken, near: lineup.Near | None, name: str) -> Outlook:
     """Estimate the accuracy on the test images themselves."""
-    folds = {fold: judged.blend.apply(part) for fold, part in lineup.by_fold(members, said.votes).items()}
+    parts = list(lineup.by_fold(members, said.votes).values())
+    folds = [judged.blend.apply(part) for part in parts]
     accuracy = METRICS["accuracy"]
     error = judged.standard_error if name == "accuracy" else verdict.standard_error(
         judged.cross.values, members.rows, accuracy
     )  # fmt: skip
     distance = near.distance if near is not None else None
-    return shift.foresee(judged.cross.values, members.rows.target, list(folds.values()), error, distance)
+    return shift.foresee(judged.cross.values, members.rows.target, folds, error, distance, (members.oof, parts))
 
 
 def shaken(
