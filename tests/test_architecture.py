@@ -40,6 +40,7 @@ PARTS = {
     "augment",
     "models",
     "harden",
+    "landmarks",
     "networks",
     "weights",
     "optim",
@@ -88,6 +89,8 @@ BETWEEN_WORKFLOWS = {  # the exceptions, each because one writes what the other 
     ("probing", "registry"),
     ("probing", "training"),
     ("members", "training"),  # a member is trained slots, tracked
+    ("bundles", "serving"),  # an imported slot is packed as a trained one is
+    ("bundles", "training"),
     ("worth", "probing"),  # old and new manifest are the arms of a probe
     ("worth", "training"),
     ("review", "cleaning"),

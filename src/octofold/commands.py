@@ -32,12 +32,19 @@ class Prepare(Section):
     test_images: Path | None = Field(None, description="folder of test images")
     sample_submission: Path | None = Field(None, description="CSV whose order and columns the submission must have")
     folds: int = Field(5, ge=2, le=50, description="number of folds")
+    holdout: float | None = Field(
+        None, gt=0, lt=1, description="instead of --folds: hold this share out as fold 0; train it by --folds 0"
+    )
     folds_file: Path | None = Field(None, description="CSV image,label,fold: use these folds, do not make any")
     seed: int = Field(0, ge=0, description="of the fold assignment")
     task: Literal["classify", "keypoints"] = Field("classify", description="classes, or points (x, y columns)")
     builtin: Literal["", "digits"] = Field(
         "", description="an embedded data set instead of files: digits (scikit-learn)"
     )
+    swap: str = Field(
+        "", description="keypoints: mirror twins, left_eye:right_eye,... or a JSON file; none = no point has one"
+    )
+    test_points: Path | None = Field(None, description="keypoints: table of the points each test image is asked for")
     conflicts: Literal["drop", "refuse"] = Field(
         "drop", description="one image under two labels: leave both out, or stop"
     )
@@ -232,6 +239,24 @@ class Worth(Recipe):
     config: Path | None = Field(None, description="recipe (YAML); flags override it")
     journal: Path | None = Field(None, description="decisions (JSONL); none = decisions.jsonl beside the manifest")
     worth_seed: int = Field(0, ge=0, description="of the resampling")
+
+
+class Export(Section):
+    """A member's fold models and OOF become one bundle that another machine imports."""
+
+    competition: str = Field(pattern=COMPETITION, description="name of the problem")
+    member: str = Field(description="recipe name")
+    stage: Literal["", "staging", "production"] = Field(
+        "", description="which versions; empty = the newest of each slot"
+    )
+    out: Path | None = Field(None, description="bundle to write (.zip); none = runs/export/<competition>.<member>.zip")
+
+
+class Import(Section):
+    """Fold models and OOF made elsewhere become registered slots, once every check has passed."""
+
+    bundle: Path = Field(description="a bundle (.zip), its folder, or a files.csv of id,name,bytes,sha256")
+    manifest: Path = Field(description="manifest.csv the models were trained on")
 
 
 class Probe(Recipe):

@@ -69,6 +69,18 @@ def assign(
     return fold
 
 
+def hold_out(
+    groups: Sequence[str] | npt.NDArray[np.str_],
+    labels: Sequence[str] | npt.NDArray[np.str_] | None,
+    share: float,
+    seed: int = 0,
+) -> Ints:
+    """Hold a share out as fold 0, stratified and by whole groups; the rest is fold 1. Arguments as in `assign`."""
+    parts = min(range(2, 41), key=lambda count: (abs(max(1, round(share * count)) / count - share) > 0.005, count))
+    held = max(1, round(share * parts))
+    return np.asarray(assign(groups, labels, parts, seed) >= held, dtype=np.int64)
+
+
 def _follow_group(fold: Ints, group: Ints, folds: int) -> None:
     """New samples (fold -1) whose group has old members take the fold most of those have; in place."""
     old = fold >= 0

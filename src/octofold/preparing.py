@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from scipy.stats import ks_2samp
 
-from octofold import checks, folds, journal, kinship, lineage, neighbours, sources
+from octofold import checks, folds, journal, kinship, landmarks, lineage, neighbours, sources
 from octofold.commands import Prepare
 from octofold.errors import UserError, preview
 from octofold.files import ROOT, atomic, existing, write_json
@@ -95,6 +96,8 @@ def prepare(config: Prepare) -> Prepared:
     _fold(config, table, before, found)
     report_pairs(table, pairs, found)
     info = {**source.info, "seed": config.seed, "group": config.group}
+    if (swap := landmarks.swap_table(config.swap, source.names)) is not None:
+        info["swap"] = swap
     if chosen is not None:
         info["grouping"] = {"cut": chosen[0].chosen.cut, "embedding": chosen[1], "reason": chosen[0].reason}
     elif old is not None and "grouping" in old.info:
@@ -133,7 +136,10 @@ def check(config: Prepare) -> None:
         raise UserError("--sample_submission", expected="--test_images as well", got="none")
     if config.task == "keypoints" and config.labels is None and not config.builtin:
         raise UserError("prepare", expected="--labels CSV with <point>_x, <point>_y columns", got="no --labels")
-    names = ("images", "labels", "classes", "test_images", "sample_submission", "folds_file", "decisions", "previous")
+    if config.task != "keypoints" and (config.swap or config.test_points):
+        raise UserError("--swap, --test_points", expected="--task keypoints", got=config.task)
+    names = ("images", "labels", "classes", "test_images", "sample_submission", "folds_file", "decisions", "previous",
+             "test_points")  # fmt: skip
     for name in names:
         if (path := getattr(config, name)) is not None:
             existing(path, f"what --{name} names")
@@ -251,7 +257,10 @@ def _fold(config: Prepare, table: pd.DataFrame, before: _Before, found: Findings
         labels = table["label"].to_numpy(str) if "label" in table else None
         kept = lineage.carry(table, before.manifest, before.same)[0] if before.manifest is not None else None
         count = config.folds if before.manifest is None else len(before.manifest.folds)
-        table["fold"] = folds.assign(groups, labels, count, config.seed, kept)
+        if config.holdout is not None and before.manifest is None:
+            table["fold"] = folds.hold_out(groups, labels, config.holdout, config.seed)
+        else:
+            table["fold"] = folds.assign(groups, labels, count, config.seed, kept)
     crossing = folds.crossing(groups, table["fold"].to_numpy(np.int64))
     if crossing and config.folds_file is not None and config.group not in ("auto", "none"):
         raise UserError(
@@ -310,6 +319,13 @@ def read_test(
     kept["names"] = [json.dumps(names[name], ensure_ascii=False) for name in kept["sample_id"]]
     columns = kept[["sample_id", "path", "names", "width", "height"]]
     info = {**source.info, **info}
+    if config.test_points is not None:
+        asked = landmarks.read_asked(config.test_points, len(source.names), config.image_column)
+        lost = [name for name in table["name"] if name not in asked]
+        if lost:
+            raise UserError(config.test_points, expected="a row for every test image", got=f"none for {preview(lost)}")
+        columns = columns.assign(points=[json.dumps({n: asked[n] for n in names[s]}) for s in kept["sample_id"]])
+        info |= {"style": landmarks.STYLE, "image_column": config.image_column}
     test = Manifest(columns, config.task, source.names, config.competition, folder, info)
     return test, kept, Fingerprints(test.sample_ids, looks.phash[first], looks.tiny[first])
 
@@ -331,6 +347,12 @@ def _summary(made: Prepared) -> dict[str, Any]:
         summary["classes_missing_in_a_fold"] = [str(name) for name in counts.index[(counts == 0).any(axis=1)]]
     if made.grouping is not None:
         summary["grouping"] = made.grouping.reason
+        summary["train_test_auc"] = made.grouping.auc
+    if len(made.test_looks):
+        summary["train_test_differences"] = {  # Kolmogorov-Smirnov: 0 = the same distribution, 1 = nothing in common
+            name: float(ks_2samp(made.looks[name], made.test_looks[name]).statistic)
+            for name in ("width", "height", "brightness", "contrast", "sharpness")
+        }
     if made.decided is not None:
         summary["decisions"] = (made.decided["action"] + " " + made.decided["outcome"]).value_counts().to_dict()
     if made.changes is not None:

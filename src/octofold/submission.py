@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from octofold import landmarks
 from octofold.errors import UserError, preview
 from octofold.files import atomic, existing
 from octofold.manifest import Manifest
@@ -74,6 +75,9 @@ def row_names(test: Manifest) -> dict[str, str]:
 def _wanted(test: Manifest, rows: dict[str, str]) -> tuple[list[str], list[str], object]:
     """The submission's row names in order, its columns, and where that was read."""
     sample = test.info.get("sample_submission")
+    if not sample and test.info.get("style") == landmarks.STYLE:
+        asked = len(_asked(test)[next(iter(rows))])
+        return list(rows), [str(test.info["image_column"]), *landmarks.columns(asked)], test.file or "test manifest"
     if not sample:
         label = [f"{p}{s}" for p in test.classes for s in _suffixes(test)] if test.task == "keypoints" else ["label"]
         return list(rows), ["image", *label], test.file or "test manifest"
@@ -92,6 +96,11 @@ def _wanted(test: Manifest, rows: dict[str, str]) -> tuple[list[str], list[str],
     return table[key].tolist(), [str(name) for name in table.columns], path
 
 
+def _asked(test: Manifest) -> dict[str, list[int]]:
+    """The points each row of the submission is asked for, by its name."""
+    return {name: found for text in test.table["points"] for name, found in json.loads(text).items()}
+
+
 def _suffixes(test: Manifest) -> list[str]:
     return list(test.info.get("point_suffixes", ["_x", "_y"]))
 
@@ -107,7 +116,11 @@ def _columns(
     """Fill every column: the id, then the label, or a probability per class, or two coordinates per point."""
     key = str(test.info.get("image_column", columns[0]))
     filled: dict[str, Any] = {key: order}
-    if values.ndim == 3:
+    if test.info.get("style") == landmarks.STYLE:
+        lists = _asked(test)
+        picked = landmarks.chosen(values, [lists[name] for name in order])
+        filled |= dict(zip(landmarks.columns(picked.shape[1] // 2), picked.T, strict=True))
+    elif values.ndim == 3:
         for place, point in enumerate(classes):
             for axis in (0, 1):
                 names = {f"{point}_{'xy'[axis]}", f"{point}_{'XY'[axis]}", f"{point}{_suffixes(test)[axis]}"}
