@@ -1,0 +1,118 @@
+"""Batches: pure functions of their place, whoever loads them, in whatever order, alone or together."""
+
+import numpy as np
+import pytest
+import torch
+
+from octofold import images, recipe
+from octofold.batches import BLOCK, Batches, Features, MicroBatch, Order, Pixels, seed_of
+from world import make_world
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=["classify", "keypoints"])
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pixels:
+    home = tmp_path_factory.mktemp(request.param)
+    table = make_world(home, samples=48, task=request.param)
+    cache = images.open_cache(table, images.PixelSpec(16, "crop", 0.9), home / "cache", progress=False)
+    return Pixels(cache, table.target, "baseline", table.info.get("swap"))
+
+
+def batches(source: Pixels, **changes: object) -> Batches:
+    """Batches of 24 over all rows."""
+    order = Order(np.arange(48), seed=3, batch_size=24)
+    return Batches(order, source, CPU, **changes)  # type: ignore[arg-type]
+
+
+def same(one: list[MicroBatch], other: list[MicroBatch]) -> bool:
+    """Whether two steps hold the same pixels and targets."""
+    pairs = list(zip(one, other, strict=True))
+    return all(torch.equal(a.inputs, b.inputs) and torch.equal(a.target.nan_to_num(), b.target.nan_to_num())
+               for a, b in pairs)  # fmt: skip
+
+
+def test_a_step_is_the_same_whenever_it_is_loaded(source: Pixels) -> None:
+    made = batches(source)
+    first = made.load(0, 1, 1)
+    made.load(0, 0, 0)
+    assert same(first, made.load(0, 1, 1))
+    assert same(first, made.load(0, 1, 1))  # twice in a row, too
+    assert not same(first, made.load(0, 2, 1))
+    assert not same(first, made.load(1, 1, 1))
+
+
+def test_threads_change_nothing(source: Pixels) -> None:
+    alone, ahead = list(batches(source).stream(0, 0)), list(batches(source, workers=3).stream(0, 0))
+    assert len(alone) == len(ahead) == 2
+    assert all(same(one, other) for one, other in zip(alone, ahead, strict=True))
+
+
+def test_starting_in_the_middle_gives_the_rest(source: Pixels) -> None:
+    assert same(list(batches(source).stream(0, 0))[1], next(batches(source).stream(0, 0, 1)))
+
+
+def test_processes_share_a_step_without_gap_or_overlap(source: Pixels) -> None:
+    (whole,) = batches(source).load(0, 0, 0)
+    parts = [batches(source, rank=rank, world=2).load(0, 0, 0)[0] for rank in range(2)]
+    assert sum(part.share for part in parts) == pytest.approx(1)
+    place = {int(row): position for position, row in enumerate(whole.rows)}
+    for part in parts:
+        there = [place[int(row)] for row in part.rows]
+        assert torch.equal(part.inputs, whole.inputs[there])
+    assert sorted(np.concatenate([part.rows for part in parts])) == sorted(whole.rows)
+    assert BLOCK < 24
+
+
+def test_points_missing_stay_missing(source: Pixels) -> None:
+    if source.target.ndim == 1:
+        pytest.skip("classes have no points")
+    (micro,) = batches(source).load(0, 0, 0)
+    missing = np.isnan(source.target[micro.rows]).any(axis=(1, 2))
+    assert missing.any()
+    assert (torch.isnan(micro.target).any(dim=2).any(dim=1).numpy() == missing).all()
+
+
+def test_mixing_gives_shares_that_sum_to_one(source: Pixels) -> None:
+    if source.target.ndim > 1:
+        pytest.skip("points cannot be mixed")
+    mix = recipe.Augment(mixup_prob=1, mixup_alpha=1)
+    (micro,) = batches(source, mix=mix, classes=3).load(0, 0, 0)
+    assert micro.target.shape == (24, 3)
+    assert torch.allclose(micro.target.sum(dim=1), torch.ones(24))
+    (left,) = batches(source, mix=mix, classes=3, rank=0, world=2).load(0, 0, 0)
+    place = {int(row): position for position, row in enumerate(micro.rows)}
+    assert torch.equal(left.target, micro.target[[place[int(row)] for row in left.rows]])
+
+
+@pytest.mark.parametrize(("rows", "batch", "accumulate", "steps"), [(48, 24, 1, 2), (48, 10, 2, 2), (5, 8, 1, 1)])
+def test_each_row_once_per_epoch_but_for_the_ragged_end(rows: int, batch: int, accumulate: int, steps: int) -> None:
+    order = Order(np.arange(rows), seed=0, batch_size=batch, accumulate=accumulate)
+    assert order.steps == steps
+    micro = [part for step in range(order.steps) for part in order.step(0, 0, step)]
+    seen = np.concatenate(micro)
+    assert len(set(seen.tolist())) == len(seen)
+    assert len(seen) == min(rows, steps * batch * accumulate)
+    assert all(len(part) <= batch for part in micro)
+
+
+def test_a_weighted_sampler_draws_rare_rows_more_often() -> None:
+    draw = np.where(np.arange(100) < 10, 9.0, 1.0)
+    order = Order(np.arange(100), seed=0, batch_size=50, draw=draw / draw.sum())
+    seen = np.concatenate([part for epoch in range(20) for step in range(2) for part in order.step(0, epoch, step)])
+    assert 0.4 < (seen < 10).mean() < 0.6
+
+
+def test_replicas_take_turns() -> None:
+    values = np.stack([np.zeros((4, 2), np.float32), np.ones((4, 2), np.float32)])
+    made = Batches(Order(np.arange(4), 0, 4), Features(values, np.arange(4)), CPU)
+    assert [float(made.load(0, epoch, 0)[0].inputs.mean()) for epoch in range(3)] == [0, 1, 0]
+
+
+def test_seeds_of_places_differ() -> None:
+    seeds = {seed_of(0, phase, epoch, step) for phase in range(5) for epoch in range(20) for step in range(20)}
+    assert len(seeds) == 2000
+
+
+def test_the_order_of_places_counts() -> None:
+    assert seed_of(1, 2, 3) == seed_of(1, 2, 3) != seed_of(3, 2, 1)

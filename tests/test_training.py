@@ -1,0 +1,235 @@
+"""Training: the loop on tiny worlds, the ways round it that must not matter, and what users get wrong."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from octofold import calibration, interrupt, job, models, training
+from octofold.compute import Devices
+from octofold.errors import UserError
+from octofold.manifest import Manifest
+from octofold.recipe import Recipe
+from world import make_world
+
+PINNED = {"precision": "fp32", "channels_last": "on"}
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A house for in-process trainings."""
+    for module in ("images", "features", "calibration", "engine"):
+        monkeypatch.setattr(f"octofold.{module}.ROOT", tmp_path)
+    torch.set_num_threads(1)
+    return tmp_path
+
+
+def recipe_of(**changes: Any) -> Recipe:
+    """A recipe small enough for tests."""
+    settings: dict[str, Any] = {
+        "model": {"name": "small_cnn", "input_size": 16},
+        "augment": {"preset": "none"},
+        "phases": [{"epochs": 1}],
+        "optim": {"lr": 3e-3},
+        "batch_size": 8,
+        "tta": "none",
+        "runtime": PINNED,
+    }
+    return Recipe.model_validate(settings | changes)
+
+
+def train(home: Path, table: Manifest, name: str = "slot", fold: int = 0, **changes: Any) -> training.SlotResult:
+    """Train one slot."""
+    return training.train_slot(recipe_of(**changes), table, fold, 0, home / name, lambda *_: None)
+
+
+def weights(result: training.SlotResult) -> dict[str, torch.Tensor]:
+    """The trained weights."""
+    return dict(load_file(result.model_folder / "model.safetensors"))
+
+
+def test_it_learns_and_leaves_what_the_contract_says(home: Path) -> None:
+    table = make_world(home, samples=60)
+    result = train(home, table, phases=[{"epochs": 6}], tta="flip", select="last")
+    assert result.metrics["oof/accuracy"] > 0.9
+    assert set(result.oof) == {"none", "flip"}
+    held_out = table.sample_ids[table.fold == 0]
+    assert result.oof["none"].sample_ids.tolist() == held_out.tolist()
+    assert (result.oof["none"].fold == 0).all()
+    assert result.oof["none"].model_sha == models.read_card(result.model_folder).model_sha
+    assert list(result.history["epoch"]) == list(range(6))
+    assert not (home / "slot" / "checkpoint.pt").exists()
+
+
+def test_points_are_learned_in_original_pixels(home: Path) -> None:
+    table = make_world(home, samples=60, task="keypoints")
+    result = train(home, table, phases=[{"epochs": 8}], tta="geo8", augment={"preset": "baseline"})
+    assert result.oof["geo8"].values.shape == (int((table.fold == 0).sum()), 1, 2)
+    middle = np.nanmean((table.target[table.fold == 0] - 9.5) ** 2)
+    assert result.metrics["oof/mse"] < middle
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(home: Path) -> None:
+    table = make_world(home, samples=36)
+    one, two = weights(train(home, table, "one")), weights(train(home, table, "two"))
+    other = weights(training.train_slot(recipe_of(), table, 0, 1, home / "other", lambda *_: None))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    assert any(not torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_sam_with_radius_zero_is_no_sam(home: Path) -> None:
+    table = make_world(home, samples=36)
+    plain = weights(train(home, table, "plain"))
+    optim = job.optim.Sam
+
+    class Still(optim):  # rho = 0 means off in a recipe, so the radius is shrunk here
+        def __init__(self, parameters: Any, rho: float, adaptive: bool = False) -> None:
+            super().__init__(parameters, 0.0, adaptive)
+
+    job.optim.Sam = Still  # type: ignore[misc]
+    try:
+        still = weights(train(home, table, "still", optim={"lr": 3e-3, "sam_rho": 1.0}))
+    finally:
+        job.optim.Sam = optim  # type: ignore[misc]
+    assert all(torch.equal(value, still[name]) for name, value in plain.items())
+
+
+def test_accumulating_two_halves_is_one_whole(home: Path) -> None:
+    table = make_world(home, samples=36)
+    changes: dict[str, Any] = {"model": {"name": "small_cnn", "input_size": 16}, "optim": {"name": "sgd", "lr": 0.01}}
+    frozen = [{"epochs": 2, "train": "head"}]  # batch norm would see halves
+    whole = weights(train(home, table, "whole", phases=frozen, batch_size=8, **changes))
+    changes["optim"] = changes["optim"] | {"accumulate": 2}
+    halves = weights(train(home, table, "halves", phases=frozen, batch_size=4, **changes))
+    assert all(torch.allclose(value, halves[name], atol=1e-6) for name, value in whole.items())
+
+
+def test_cached_features_equal_the_plain_way(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = make_world(home, samples=36)
+    phases = [{"epochs": 3, "train": "head"}]
+    cached = train(home, table, "cached", phases=phases, tta="geo8")
+    assert list((home / "data" / "tiny" / "cache").glob("features-*.npy"))
+    monkeypatch.setattr(job, "_is_cacheable", lambda *_: False)
+    monkeypatch.setattr(job.Job, "is_frozen", False)
+    plain = train(home, table, "plain", phases=phases, tta="geo8")
+    assert all(torch.allclose(value, weights(plain)[name], atol=1e-5) for name, value in weights(cached).items())
+    for views, predictions in cached.oof.items():
+        assert np.allclose(predictions.values, plain.oof[views].values, atol=1e-5)
+
+
+def test_a_frozen_trunk_does_not_move(home: Path) -> None:
+    table = make_world(home, samples=36)
+    changes = {"phases": [{"epochs": 1, "train": "head"}], "augment": {"preset": "baseline"}}
+    result = train(home, table, **changes)
+    again = train(home, table, "more", **(changes | {"phases": [{"epochs": 3, "train": "head"}]}))
+    one, two = weights(result), weights(again)
+    assert all(torch.equal(value, two[name]) for name, value in one.items() if name.startswith("trunk"))
+    assert any(not torch.equal(value, two[name]) for name, value in one.items() if name.startswith("head"))
+
+
+@pytest.mark.parametrize(
+    ("where", "changes"),
+    [
+        ("phase 0 epoch 0 step", {"optim": {"lr": 1e30, "clip_norm": None}, "phases": [{"epochs": 3}]}),
+        ("mixup", {"augment": {"preset": "none", "mixup_prob": 0.5, "mixup_alpha": 1}, "task": "keypoints"}),
+        ("metric", {"metric": "mse"}),
+        ("classes", {"classes": ["oak"]}),
+        ("views", {"tta": "geo16"}),
+    ],
+)
+def test_mistakes_are_told(home: Path, where: str, changes: dict[str, Any]) -> None:
+    task = changes.pop("task", "classify")
+    with pytest.raises(UserError, match=where):
+        train(home, make_world(home, samples=36, task=task), **changes)
+
+
+def test_a_diverging_loss_names_step_and_remedy(home: Path) -> None:
+    with pytest.raises(UserError, match="finite loss") as told:
+        train(home, make_world(home, samples=36), optim={"lr": 1e30, "clip_norm": None}, phases=[{"epochs": 3}])
+    assert "lower optim.lr" in str(told.value)
+    assert not (home / "slot" / "done.json").exists()
+
+
+def test_an_overflowing_gradient_skips_its_step(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def norm(parameters: Any) -> torch.Tensor:
+        calls.append(1)
+        return torch.tensor(torch.inf if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(training.optim, "gradient_norm", norm)
+    result = train(home, make_world(home, samples=36))
+    assert len(calls) == 3
+    assert np.isfinite(result.history["train/loss"]).all()
+    monkeypatch.setattr(training.optim, "gradient_norm", lambda parameters: torch.tensor(torch.inf))
+    with pytest.raises(UserError, match="inf"):
+        train(home, make_world(home, samples=60), "always", phases=[{"epochs": 5}])
+
+
+def test_half_precision_scales_its_loss(home: Path) -> None:
+    small = {"model": {"name": "small_cnn", "input_size": 8}, "batch_size": 4}
+    precise = PINNED | {"precision": "fp16"}
+    result = train(home, make_world(home, samples=9), runtime=precise, optim={"sam_rho": 0.05}, **small)
+    assert np.isfinite(result.history["train/loss"]).all()
+
+
+def test_a_batch_of_one_works_or_is_refused(home: Path) -> None:
+    table = make_world(home, samples=9)
+    result = train(home, table, batch_size=1)
+    assert np.isfinite(result.history["train/loss"]).all()
+
+
+def test_a_class_with_one_sample_and_a_fold_without_a_class(home: Path) -> None:
+    table = make_world(home, samples=36)
+    label = np.where(table.fold == 0, "ash", "birch")
+    label[np.flatnonzero(table.fold == 1)[0]] = "cedar"
+    table.table["label"] = label
+    result = train(home, table, loss={"class_weights": True}, metric="macro_f1")
+    assert 0 <= result.metrics["oof/macro_f1"] <= 1
+    sampled = train(home, table, "sampled", loss={"weighted_sampler": True})
+    assert np.isfinite(sampled.history["train/loss"]).all()
+
+
+def test_images_smaller_than_the_crop_are_enlarged(home: Path) -> None:
+    result = train(home, make_world(home, samples=18, side=20), model={"name": "small_cnn", "input_size": 64})
+    assert np.isfinite(result.history["train/loss"]).all()
+
+
+def test_early_stopping_counts_epochs_without_gain(home: Path) -> None:
+    table = make_world(home, samples=36)
+    result = train(home, table, phases=[{"epochs": 30, "lr": 1e-9, "schedule": "constant"}], early_stop=2)
+    assert len(result.history) < 30
+
+
+def test_stop_files_from_before_are_forgotten(home: Path) -> None:
+    (home / "stop").touch()
+    interrupt.clear([home])
+    with interrupt.StopRequest(home) as stop:
+        assert not stop.is_set()
+        (home / "stop").touch()
+        assert stop.is_set()
+    assert not (home / "stop").exists()
+
+
+def test_calibration_is_measured_once_reported_and_can_be_pinned(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    free = recipe_of(runtime={})
+    net, cpu = models.build(free.model, 3), torch.device("cpu")
+    with caplog.at_level("INFO"):
+        found = calibration.choose(free, net, cpu)
+        assert calibration.choose(free, net, cpu) == found
+    assert caplog.text.count("fastest way to train") == 1
+    assert (home / "mlruns" / "calibration.json").exists()
+    pinned = calibration.choose(recipe_of(runtime={"precision": "bf16", "channels_last": "off"}), net, cpu)
+    assert (pinned["precision"], pinned["channels_last"], pinned["compile"]) == ("bf16", False, False)
+
+
+def test_one_process_shares_with_nobody() -> None:
+    alone = Devices(torch.device("cpu"))
+    assert (alone.sum(3.0), alone.gather("x"), alone.from_main(1)) == (3.0, ["x"], 1)
+    assert list(alone.share([1, 2, 3])) == [1, 2, 3]
+    assert list(Devices(torch.device("cpu"), 1, 2).share([1, 2, 3])) == [2]
+    assert "WORLD_SIZE" not in os.environ
