@@ -40,6 +40,7 @@ PARTS = {
     "augment",
     "models",
     "harden",
+    "gallery",
     "landmarks",
     "networks",
     "weights",
