@@ -29,7 +29,10 @@ def run(config: Prepare) -> dict[str, object]:
         if prepared.test is not None:
             run.log_dataset(prepared.test.table, f"{config.competition}-test", "test", prepared.test.images)
         run.set_tags({"manifest_hash": manifest.hash})
-        run.log_metrics({f"data/{key}": value for key, value in prepared.summary.items() if isinstance(value, int)})
+        differences = prepared.summary.get("train_test_differences", {})
+        numbers = {key: value for key, value in prepared.summary.items() if isinstance(value, (int, float))}
+        numbers |= {f"ks_{key}": value for key, value in differences.items()}
+        run.log_metrics({f"data/{key}": value for key, value in numbers.items() if value == value})  # no NaN
         for path in paths.values():
             run.log_artifact(path, "data")
         run.log_text(pictures.worst_table(prepared.looks), "report/worst.csv")

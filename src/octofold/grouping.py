@@ -17,6 +17,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.stats import wasserstein_distance
 
 from octofold.neighbours import components
+from octofold.shift import adversarial_auc
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -55,6 +56,7 @@ class Grouping:
         test_similarity: mean nearest similarity of test images to the training images (NaN without).
         held, test: the two distributions, for a picture: nearest similarities under the chosen folds, and of test.
         plain: the first of these under near-duplicate folds.
+        auc: of a classifier that tells test from training images by their embedding; 0.5 = alike (NaN without test).
         reason: in words.
     """
 
@@ -65,6 +67,7 @@ class Grouping:
     held: Floats = field(repr=False)
     test: Floats = field(repr=False)
     plain: Floats = field(repr=False)
+    auc: float = float("nan")
     reason: str = ""
 
 
@@ -102,7 +105,8 @@ def choose(train: Floats, test: Floats | None, pairs: Ints, assign: Assign, fold
     best = 0 if not len(far) else _parsimonious(candidates, held, far, rng)
     reason = _reason(candidates, best, far)
     mean = float(far.mean()) if len(far) else float("nan")
-    return Grouping(options[best][1], candidates[best], candidates, mean, held[best], far, held[0], reason)
+    auc = adversarial_auc(own[asked], new[rng.permutation(len(new))[:ASKED]])[0] if new is not None else float("nan")
+    return Grouping(options[best][1], candidates[best], candidates, mean, held[best], far, held[0], auc, reason)
 
 
 def _unit(train: Floats, test: Floats | None) -> tuple[Floats, Floats | None]:
