@@ -6,6 +6,7 @@ promotion that was cut can be finished by the same command, or undone by ``--rol
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -216,8 +217,7 @@ def _places(slots: Sequence[Slot]) -> list[Place]:
 
 def _places_of(names: Sequence[str]) -> list[Place]:
     """Read where things stand, for each registered model asked for."""
-    prefix = f"{names[0].split('.')[0]}." if names else ""
-    models = {model.name: model for model in versions.registered_models(prefix)}
+    models = {model.name: model for model in versions.registered_models(os.path.commonprefix(list(names)))}
     stages: dict[str, dict[str, str]] = {}
     for version in versions.versions_of(names):
         if version.current_stage != "None":

@@ -269,7 +269,7 @@ def find_checkpoint(folder: Path, what: str = "") -> Path:
 
 
 def _models(competition: str, members: Sequence[str] | None) -> list[Any]:
-    listed = versions.registered_models(f"{competition}.")
+    listed = versions.registered_models(f"{competition}." + (f"{members[0]}." if members and len(members) == 1 else ""))
     parsed = [(model, _NAME.match(model.name)) for model in listed]
     wanted = None if members is None else set(members)
     return [

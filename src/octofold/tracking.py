@@ -29,7 +29,8 @@ from octofold.store import artifact_root, check_reachable, database, lock_file, 
 log = logging.getLogger("octofold")
 _SPOOL = ROOT / "mlruns" / "spool"
 # MLflow's defaults wait four minutes for a server that is not there; during training the spool waits instead.
-_HTTP = {"MAX_RETRIES": "2", "BACKOFF_FACTOR": "1", "TIMEOUT": "60"}
+_SETTINGS = {"HTTP_REQUEST_MAX_RETRIES": "2", "HTTP_REQUEST_BACKOFF_FACTOR": "1", "HTTP_REQUEST_TIMEOUT": "60"}
+_SETTINGS["SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # stdout is for the result
 
 
 def client() -> Any:
@@ -50,8 +51,8 @@ def _client(store: str) -> Any:
         database(store).parent.mkdir(parents=True, exist_ok=True)
     else:
         check_reachable(store)
-    for name, value in _HTTP.items():
-        os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(f"MLFLOW_{name}", value)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # MLflow's own, against SQLAlchemy
         return _connect(store, scheme)
