@@ -81,9 +81,13 @@ def read_list(text: str, where: object) -> list[Listed]:
     Raises:
         UserError: other columns, a size or sha that is none, a name that leaves the bundle or comes twice.
     """
-    rows = csv.DictReader(io.StringIO(text.removeprefix("\ufeff")))
-    if not set(COLUMNS) <= set(rows.fieldnames or ()):
-        raise UserError(where, expected=f"columns {', '.join(COLUMNS)}", got=preview(rows.fieldnames or ["nothing"]))
+    reader = csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline=""))
+    try:
+        names, rows = list(reader.fieldnames or ["nothing"]), list(reader)
+    except csv.Error as error:
+        raise UserError(where, expected="a CSV file", got=str(error)) from error
+    if not set(COLUMNS) <= set(names):
+        raise UserError(where, expected=f"columns {', '.join(COLUMNS)}", got=preview(names))
     found = []
     for number, row in enumerate(rows, start=2):
         name, size, sha = (str(row[key] or "") for key in COLUMNS[1:])
