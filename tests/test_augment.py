@@ -1,14 +1,19 @@
 """Augmentation: every preset keeps dtype, size and range, is a function of its seed, and moves points with pixels."""
 
+from pathlib import Path
+
 import albumentations as A
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pytest
 import torch
+from PIL import Image as Photo
 
-from octofold import augment
+from octofold import augment, gallery
 from octofold.errors import UserError
-from octofold.recipe import Augment
+from octofold.manifest import Manifest
+from octofold.recipe import Augment, Model, Phase, Recipe
 
 SIZE = 96
 Image = npt.NDArray[np.uint8]
@@ -163,3 +168,17 @@ def test_mixing_happens_as_often_as_asked_and_never_both() -> None:
     alone, _ = augment.mix(images[:1], torch.eye(2)[:1], config, np.random.default_rng(0))
     assert alone is not None
     assert alone.shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("task", ["classify", "keypoints"])
+def test_a_recipe_s_presets_are_drawn(task: str, tmp_path: Path) -> None:
+    Photo.fromarray(draw_blob(60, 90, 40, 30)).save(tmp_path / "a.png")
+    table = pd.DataFrame({"sample_id": ["s"], "path": ["a.png"], "label": ["x"], "x_x": [40.0], "x_y": [np.nan]})
+    manifest = Manifest(table.assign(fold=0), task, ("x",), "toy", tmp_path)
+    easy = Phase(name="harden", augment="hard_light", easy_augment="easy_strong" if task == "classify" else None)
+    recipe = Recipe(model=Model(input_size=32), augment=Augment(preset="points"), phases=[Phase(), easy])
+    figures = gallery.draw(recipe, manifest)
+    assert list(figures) == ["points", "hard_light", *(["easy_strong"] if task == "classify" else [])]
+    for figure in figures.values():
+        shown = [axes.get_images()[0].get_array().shape for axes in figure.axes]
+        assert shown == [(32, 32, 3)] * (1 + gallery.SHOWN)

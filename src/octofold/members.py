@@ -13,7 +13,19 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from octofold import checkpoint, compute, interrupt, manifest, plots, promotion, registry, serving, tracking, training
+from octofold import (
+    checkpoint,
+    compute,
+    gallery,
+    interrupt,
+    manifest,
+    plots,
+    promotion,
+    registry,
+    serving,
+    tracking,
+    training,
+)
 from octofold.commands import Train
 from octofold.compute import Devices, device_setup
 from octofold.files import ROOT, existing
@@ -53,6 +65,9 @@ def train(config: Train) -> dict[str, Any]:
     known = None if config.restart else _latest(tags | {"entry": "train"}, table)
     with tracking.run("train", config, table.competition, recipe.member, tags, resume_id=known) as parent:
         parent.log_dataset(table.table, table.competition, "training", str(table.file))
+        if known is None:
+            for name, figure in gallery.draw(recipe, table).items():
+                parent.log_figure(figure, f"augment/{name}.png")
         _fill_side_by_side(config, recipe, table, jobs, parent, devices)
         parts: dict[int, list[dict[str, Predictions]]] = {}
         versions = []
