@@ -170,6 +170,7 @@ def test_an_overflowing_gradient_skips_its_step(home: Path, monkeypatch: pytest.
         train(home, make_world(home, samples=60), "always", phases=[{"epochs": 5}])
 
 
+@pytest.mark.slow
 def test_half_precision_scales_its_loss(home: Path) -> None:
     small = {"model": {"name": "small_cnn", "input_size": 8}, "batch_size": 4}
     precise = PINNED | {"precision": "fp16"}
