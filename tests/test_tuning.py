@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import servers
 from octofold import space, studies, trials, tuning
 from octofold.errors import UserError
 from octofold.recipe import Recipe
@@ -42,8 +43,8 @@ def objective(attempt: Attempt, fold: int, seed: int) -> Sequence[float]:
     return [truth(attempt.values, fold, seed)]
 
 
-def begin(folder: Path, what: Plan, name: str = "toy") -> Any:
-    return studies.open_study(name, studies.open_storage(f"sqlite:///{folder}/optuna.db"), what)
+def begin(folder: Path, what: Plan, name: str = "toy", url: str = "") -> Any:
+    return studies.open_study(name, studies.open_storage(url or f"sqlite:///{folder}/optuna.db"), what)
 
 
 def told(study: Any) -> list[tuple[str, str]]:
@@ -240,13 +241,16 @@ def slot(attempt, fold, seed):
     if os.environ.get("DIE") == f"{{attempt.number}}.{{fold}}":
         os.kill(os.getpid(), signal.{signal})
     return t.objective(attempt, fold, seed)
-t.tuning.search(t.begin(folder, what, name), what, slot, t.Budget(trials=7), pruner="none", worker=int(os.environ["WORKER"]))
+study = t.begin(folder, what, name, os.environ["URL"])
+t.tuning.search(study, what, slot, t.Budget(trials=7), pruner="none", worker=int(os.environ["WORKER"]))
 """
 
 
-def work(folder: Path, name: str, how: str = "SIGKILL", die: str = "", worker: int = 0) -> subprocess.Popen[bytes]:
+def work(
+    folder: Path, name: str, how: str = "SIGKILL", die: str = "", worker: int = 0, url: str = ""
+) -> subprocess.Popen[bytes]:
     text = WORKER.format(tests=str(Path(__file__).parent), folder=str(folder), name=name, signal=how)
-    environment = os.environ | {"DIE": die, "WORKER": str(worker), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"DIE": die, "WORKER": str(worker), "URL": url, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, "-c", text], env=environment, stderr=subprocess.DEVNULL)
 
 
@@ -283,6 +287,23 @@ def test_several_workers_share_a_study_and_stop_together(tmp_path: Path) -> None
     assert len(studies.records(study)) == 7
     assert sum(record.is_base for record in studies.records(study)) == 1
     assert len((tmp_path / "journal").read_text().split("\n")[:-1]) == 35
+
+
+@pytest.mark.slow
+@pytest.mark.postgres
+@pytest.mark.skipif(servers.binaries() is None, reason="needs PostgreSQL's server (apt-get install postgresql)")
+def test_postgresql_keeps_a_study_as_sqlite_does(tmp_path: Path) -> None:
+    what = plan()
+    whole = begin(tmp_path, what, "whole")
+    tuning.search(whole, what, objective, Budget(trials=7), pruner="none")
+    with servers.postgres() as url:
+        assert work(tmp_path, "parts", "SIGKILL", die="3.2", url=url).wait() == -signal.SIGKILL
+        assert work(tmp_path, "parts", url=url).wait() == 0
+        storage = studies.open_storage(url)
+        assert told(studies.open_study("parts", storage, what)) == told(whole)
+        storage.engine.dispose()
+    started = (tmp_path / "journal").read_text().split("\n")[:-1]
+    assert len(started) == 36  # 35 slots, and the one that was cut short
 
 
 # ---- what is known, and what is believed ----------------------------------------------------------------------------

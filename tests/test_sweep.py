@@ -1,0 +1,139 @@
+"""The tune command on coloured squares: what it leaves in MLflow and on disk, also after a kill."""
+
+import csv
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from conftest import REPOSITORY, House, Outcome
+from labelled import make_manifest
+from octofold import config
+from octofold.recipe import Recipe
+
+TUNE = """
+recipe:
+  member: toy
+  model: {name: small_cnn, input_size: 16}
+  augment: {preset: none}
+  phases: [{name: scratch, epochs: 2}]
+  batch_size: 256
+  select: last
+space:
+  optim.lr: {low: 1e-4, high: 1e-1, log: true}
+  model.drop_rate: {low: 0.0, high: 0.5}
+warm_start: [{optim.lr: 0.01}]
+folds: [0, 1]
+trials: 4
+confirm_seeds: 1
+sampler: tpe
+"""
+# Killed at the third trial's second slot, when one epoch is done.
+KILLED = f"""
+import os, signal, sys
+sys.argv[0] = "tune.py"
+sys.path.insert(0, {str(REPOSITORY / "entrypoints")!r})
+from octofold import commands, config, sweep, training
+begun = []
+real = training.train_slot
+def train_slot(recipe, table, fold, seed, folder, report, devices):
+    begun.append(fold)
+    def told(epoch, metrics):
+        report(epoch, metrics)
+        if len(begun) == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return real(recipe, table, fold, seed, folder, told, devices)
+training.train_slot = train_slot
+sweep.tune(config.load(commands.Tune, sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def tuned(shared_house: House) -> tuple[House, Outcome]:
+    """A house where tune was killed once and then ran to its end."""
+    manifest = str(make_manifest(shared_house.home / "data")[0].file)
+    (shared_house.home / "toy.yaml").write_text(TUNE)
+    flags = ["--manifest", manifest, "--config", str(shared_house.home / "toy.yaml")]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *flags],
+        cwd=shared_house.home,
+        env=shared_house.environment() | {"PYTHONPATH": str(REPOSITORY / "src")},
+        stderr=subprocess.PIPE,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    return shared_house, shared_house.run("tune", *flags)
+
+
+def runs(house: House) -> list[dict[str, Any]]:
+    """Every run of the tune command as its tags, with `status`, `id` and its parent."""
+    with sqlite3.connect(house.home / "mlruns" / "mlflow.db") as store:
+        found = {
+            run: {"id": run, "status": status} for run, status in store.execute("SELECT run_uuid, status FROM runs")
+        }
+        for run, key, value in store.execute("SELECT run_uuid, key, value FROM tags"):
+            found[run][key] = value
+    return [run for run in found.values() if run["entry"].startswith("tune")]
+
+
+@pytest.mark.slow
+def test_nothing_is_lost_or_doubled_by_a_kill(tuned: tuple[House, Outcome]) -> None:
+    house, outcome = tuned
+    result = outcome.result
+    assert result["trials"] == 4
+    found = runs(house)
+    assert {run["status"] for run in found} == {"FINISHED"}
+    parents = [run for run in found if run["entry"] == "tune"]
+    assert [run["id"] for run in parents] == [result["run_id"]]
+    of_trials = [run for run in found if run["entry"] == "tune.trial"]
+    assert {run["mlflow.parentRunId"] for run in of_trials} == {result["run_id"]}
+    named = Counter((run["purpose"], run["trial"]) for run in of_trials)
+    assert set(named.values()) == {1}
+    assert sum(purpose == "trial" for purpose, _ in named) == 4
+    of_slots = [run for run in found if run["entry"] == "tune.slot"]
+    assert set(Counter((run["purpose"], run["trial"], run["fold"], run["seed"]) for run in of_slots).values()) == {1}
+    assert sum(run["purpose"] == "trial" for run in of_slots) == result["slots"] == 8
+    assert {run["mlflow.parentRunId"] for run in of_slots} == {run["id"] for run in of_trials}
+    assert not list((house.home / "mlruns" / "work").rglob("*.pt"))
+
+
+@pytest.mark.slow
+def test_the_recipe_is_ready_to_train_and_says_what_is_known(tuned: tuple[House, Outcome]) -> None:
+    house, outcome = tuned
+    result = outcome.result
+    text = Path(result["recipe"]).read_text()
+    best = config.build(Recipe, yaml.safe_load(text), "best.yaml")
+    assert best.phases[0].name == "scratch"
+    assert result["run_id"] in text
+    assert "base recipe" in result["verdict"]
+    artifacts = house.home / "mlruns" / "artifacts" / "world" / result["run_id"] / "artifacts"
+    pictures = {path.stem for path in (artifacts / "plots").glob("*.png")}
+    assert pictures >= {"history", "slice", "parallel", "timeline"}
+    with (artifacts / "trials.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["optim.lr"]) for row in table[:2]] == [Recipe().optim.lr, 0.01]  # the base recipe, then the known
+    full = [float(row["score"]) for row in table if row["outcome"] == "full"]
+    assert max(full) == pytest.approx(result["search/best"])
+
+
+@pytest.mark.slow
+def test_mistakes_are_told_and_secrets_are_not(
+    tuned: tuple[House, Outcome], refuses: Callable[[Outcome, str], None]
+) -> None:
+    house, _ = tuned
+    manifest = house.home / "data" / "manifest.csv"
+    flags = ["--manifest", manifest, "--config", house.home / "toy.yaml"]
+    before = len(runs(house))
+    secret = "-".join(["planted", "word"])  # in one piece, it would be in the diff of this file that runs keep
+    refuses(house.run("tune", *flags, "--storage", f"postgresql://octo:{secret}@127.0.0.1:1/studies"), "127.0.0.1")
+    (house.home / "toy.yaml").write_text(TUNE.replace("high: 0.5", "high: 0.6"))
+    outcome = house.run("tune", *flags)
+    refuses(outcome, "model.drop_rate")
+    assert len(runs(house)) == before
+    assert not [path for path in house.home.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
