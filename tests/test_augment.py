@@ -54,7 +54,10 @@ def test_points_move_with_the_pixels(name: str, swap: list[int] | None) -> None:
         image, moved = augment.run(transform, draw_blob(96, 128, x, y), points)
         assert moved is not None
         seen = moved[np.isfinite(moved).all(axis=1)]
-        assert len(seen) == 1, "the missing point stays missing, the other one does not"
+        if not len(seen):  # out of the picture
+            assert image[14:-14, 14:-14].max() < 128
+            continue
+        assert len(seen) == 1, "the missing point stays missing"
         where = seen[0] * SIZE - 0.5
         if (where > 14).all() and (where < SIZE - 14).all():  # the whole spot is inside
             assert np.abs(where - find_blob(image)).max() < 0.15

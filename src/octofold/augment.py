@@ -234,7 +234,7 @@ def run(transform: A.Compose, image: npt.NDArray[np.uint8], points: Array | None
         points: ``(P, 2)`` unit coordinates **of this image** (x / W, y / H), NaN where missing; or None.
 
     Returns:
-        uint8 (size, size, 3) and the points in unit coordinates of the new square (outside 0..1 if cropped away).
+        uint8 (size, size, 3) and the points in unit coordinates of the new square; NaN where missing or cropped away.
     """
     if points is None:
         return np.ascontiguousarray(transform(image=image)["image"]), None
@@ -247,7 +247,8 @@ def run(transform: A.Compose, image: npt.NDArray[np.uint8], points: Array | None
     # A mirror exchanges twins by exchanging rows, so a missing point's row moves to its twin: the tag follows it.
     rows = np.asarray(found["keypoints"], dtype=np.float32).reshape(len(points), -1)
     moved = (rows[:, :2] + 0.5) / (out.shape[1], out.shape[0])
-    moved[missing[rows[:, 2].round().astype(int)]] = np.nan
+    gone = ((moved < 0) | (moved > 1)).any(axis=1)  # out of the picture: nothing could find it there
+    moved[missing[rows[:, 2].round().astype(int)] | gone] = np.nan
     return out, moved.astype(np.float32)
 
 
