@@ -5,6 +5,7 @@ import os
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -234,3 +235,33 @@ def test_whatever_a_cell_holds_comes_back(tmp_path: Path, rows: list[tuple[str, 
         writer = writers.writer(file, delimiter=separator, quoting=writers.QUOTE_ALL)
         writer.writerows([("image", "label"), *rows])
     assert list(sources.read_table(tmp_path / "t.csv").itertuples(index=False, name=None)) == rows
+
+
+LANDMARKS = "scorer,me,me,me,me\nbodyparts,nose,nose,tail,tail\ncoords,x,y,x,y\na.png,1,2,3,4\nd/b.png,,,5,6\n"
+SAMPLE = "id,0,1\na,0.5,0.5\nd/b,0,1\n"
+
+
+@given(st.sampled_from([LANDMARKS, SAMPLE]), st.data())
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_fuzzed_landmarks_and_samples_are_right_or_refused(tmp_path: Path, text: str, data: st.DataObject) -> None:
+    """Cut, insert, replace anywhere: every image named exists, every number is a number, or a refusal."""
+    folder = tmp_path / "p"
+    if not folder.exists():
+        fill(folder, ["a.png", "d/b.png"])
+    start = data.draw(st.integers(0, len(text)))
+    stop = data.draw(st.integers(start, min(len(text), start + 5)))
+    middle = data.draw(st.text(alphabet=',;\t\n\r"0x.-e/\\\0ж ', max_size=4))
+    path = csv(tmp_path / "t.csv", text[:start] + middle + text[stop:])
+    try:
+        if text == LANDMARKS:
+            one = sources.from_csv(path, folder, "image", "label", "keypoints")
+            files = one.table["file"]
+            numbers = one.table[[f"{name}_{axis}" for name in one.names for axis in "xy"]].to_numpy(float)
+            assert not np.isinf(numbers).any()
+        else:
+            rows, _ = sources.from_test(folder, path, "image", "label", ("0", "1"), "classify")
+            files = rows["file"]
+            assert rows["name"].is_unique
+    except UserError:
+        return
+    assert all((folder / name).is_file() for name in files)

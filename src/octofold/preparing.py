@@ -378,7 +378,7 @@ def write(prepared: Prepared, config: Prepare) -> dict[str, Path]:
         paths["test"] = prepared.test.save(out / "test.csv")
     for name in ("problems", "decided", "changes"):
         table = getattr(prepared, name)
-        if table is not None:
+        if table is not None and not (name == "changes" and table.empty):  # a repeated call keeps what the first said
             paths[name] = out / f"{name}.csv"
             with atomic(paths[name]) as temporary:
                 table.to_csv(temporary, index=False)
