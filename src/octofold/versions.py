@@ -10,7 +10,7 @@ from octofold.outage import error_code, patiently
 from octofold.store import pages, uri
 from octofold.tracking import client
 
-_AT_ONCE = 500
+_AT_ONCE = 100  # names in one filter: through a server it travels in the URL
 
 
 def registered_models(prefix: str) -> list[Any]:
