@@ -18,7 +18,7 @@ def run(config: Blend) -> dict[str, Any]:
     from octofold.errors import known
     from octofold.tta import VIEWS
 
-    known("blend method", config.method, [*blending.METHODS, "auto"])
+    known("blend method", config.method, blending.METHODS)
     known("views", config.tta, [*VIEWS, "auto"])
     with tracking.run("blend", config, config.competition) as run:
         return assembly.blend(config, run)

@@ -40,7 +40,7 @@ def test_without_shift_the_folds_are_believed() -> None:
     test, truth = world(1200, 0.2, 1)
     same = shift.Distance(0.5, 0.02, 0.7, 0.7, np.zeros((1200, 3), int), np.zeros((1200, 3)))
     found = shift.foresee(oof, target, [test, test], 0.01, same)
-    assert found.accuracy.value == pytest.approx(found.oof, abs=0.015)
+    assert found.accuracy.value == pytest.approx(found.oof, abs=0.03)
     assert found.accuracy.low <= accuracy(test, truth) <= found.accuracy.high
 
 

@@ -4,6 +4,7 @@ To add a method, write ``fit(members, target, fold, rows, metric) -> Blend`` and
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -148,6 +149,50 @@ def pair_gate(members: Array, target: Array, fold: Array, rows: Rows, metric: Me
     return Blend("pair_gate", "gate", weights, {"experts": experts})
 
 
+def best_single(members: Array, target: Array, fold: Array, rows: Rows, metric: Metric) -> Blend:
+    """The one member with the best score."""
+    sign, seen = 1 if metric.higher_is_better else -1, slice(None) if rows is None else rows
+    scores = [sign * metric.score(np.asarray(member[seen]), target[seen]) for member in members]
+    return Blend("best_single", "linear", np.eye(len(members))[int(np.argmax(scores))])
+
+
+def auto(members: Array, target: Array, fold: Array, rows: Rows, metric: Metric) -> Blend:
+    """The simplest of `CANDIDATES` that no later one beats separably, cross-fitted within the rows it may see.
+
+    Being a method like any other, its choice is made anew, unseen, for each fold of the outer estimate.
+    """
+    seen = np.ones(members.shape[1], bool) if rows is None else rows
+    folds = np.unique(fold[seen])
+    chosen, gains = CANDIDATES[0], {}
+    for name in CANDIDATES if len(folds) > 1 else ():
+        parts = []
+        for held in folds:
+            inside, outside = seen & (fold != held), seen & (fold == held)
+            part = members[:, outside]
+            parts.append(
+                _gains(METHODS[name](members, target, fold, inside, metric).apply(part), target[outside], metric)
+            )
+        gains[name] = np.concatenate(parts)
+        ahead = gains[name] - gains[chosen]
+        if ahead.mean() > 1.96 * ahead.std() / np.sqrt(len(ahead)) + 1e-12:
+            chosen = name
+    fitted = METHODS[chosen](members, target, fold, rows, metric)
+    return replace(fitted, method=f"auto: {chosen}")
+
+
+def _gains(values: Array, target: Array, metric: Metric) -> Array:
+    """How good each row is, more is better: the metric's own row where it is a mean over rows, else being right."""
+    if values.ndim == 3:
+        found: Array = -np.nanmean((values - target) ** 2, axis=(1, 2))
+        return found
+    chance = values[np.arange(len(target)), target]
+    if metric is METRICS["log_loss"]:
+        return np.log(chance.clip(1e-7))
+    if metric is METRICS["brier"]:
+        return -((values**2).sum(axis=1) - 2 * chance)
+    return (values.argmax(axis=1) == target).astype(float)
+
+
 def _seen(members: Array, target: Array, rows: Rows, most: int = 200_000) -> tuple[Array, Array]:
     """The rows searching methods work on, in memory: all of them up to `most`, else an even sample."""
     kept = _sample(members, rows, most)
@@ -159,8 +204,12 @@ def _sample(members: Array, rows: Rows, most: int) -> Array:
     return kept if len(kept) <= most else kept[np.linspace(0, len(kept) - 1, most).astype(int)]
 
 
+CANDIDATES = ("equal", "lr_mse", "log_loss")
+"""What `auto` tries, simplest first."""
+
 METHODS: dict[str, Callable[[Array, Array, Array, Rows, Metric], Blend]] = {
     "equal": equal,
+    "best_single": best_single,
     "soft_vote": soft_vote,
     "hard_vote": hard_vote,
     "geometric": geometric,
@@ -174,8 +223,9 @@ METHODS: dict[str, Callable[[Array, Array, Array, Rows, Metric], Blend]] = {
     "dirichlet": dirichlet,
     "pair_gate": pair_gate,
     "stack": stack,
+    "auto": auto,
 }
 """Simplest first: where two cannot be told apart, the earlier row wins."""
 
-POINT_METHODS = ("equal", "simplex")
+POINT_METHODS = ("equal", "best_single", "simplex")
 """The rows that blend points as well: a plain mean, and least squares on coordinates."""
