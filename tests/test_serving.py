@@ -216,3 +216,13 @@ def test_real_photos_over_http(whole: Path, tmp_path: Path, request: pytest.Fixt
         status, text = answer(address, [cells[0], [bad]])
         assert status == 400, text  # the second is no base64 of an image, the third a path in base64
         assert "root:" not in str(text)
+
+
+def test_models_are_looked_up_in_our_store_without_anything_else_asked_before(mlruns: Path, tmp_path: Path) -> None:
+    made = slot(tmp_path, "small", 0)
+    program = f"from octofold import tracking; print(tracking.fetch_uri('models:/{made.name}/1', 'it'))"
+    environment = House(mlruns.parent).environment()
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert Path(done.stdout.strip().splitlines()[-1], "MLmodel").exists()

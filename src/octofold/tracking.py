@@ -377,6 +377,7 @@ def fetch_uri(address: str, what: str) -> Path:
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
+    client()  # models:/ and runs:/ are looked up in the store it opens
     try:
         local = Path(patiently(lambda: download_artifacts(artifact_uri=address)))
     except (MlflowException, OSError, requests.RequestException) as error:
