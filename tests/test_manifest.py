@@ -79,6 +79,8 @@ def test_hash_sees_what_training_sees_and_nothing_else() -> None:
         (lambda text: text.replace("path", "paht"), "no path"),
         (lambda text: text.replace(",g,1", ",g,one", 1), "whole fold numbers"),
         (lambda text: "", "a CSV that prepare wrote"),
+        (lambda text: text.replace("d/e.png", "d/../../e.png"), "'d/../../e.png'"),
+        (lambda text: text.replace("d/e.png", "/etc/passwd"), "'/etc/passwd'"),
         (lambda text: text.replace("sample_id", '"sample_id'), "no sample_id"),
         (lambda text: text + "x,y,z,1,2,3,4,5,6\n", "a CSV that prepare wrote"),
     ],

@@ -122,6 +122,9 @@ def test_groups_by_column_and_by_near_duplicates(tmp_path: Path) -> None:
         == 1
     )
     assert auto.summary["groups"] == 12
+    assert set(auto.problems["action"]) == {"kept"}
+    alone = preparing.prepare(config(tmp_path, labels=tmp_path / "l.csv", group="none", seed=1)).problems
+    assert alone["action"].str.contains("kept, but in folds").any()
     with pytest.raises(UserError, match="--group"):
         preparing.prepare(config(tmp_path, labels=tmp_path / "l.csv", group="nosuch"))
 

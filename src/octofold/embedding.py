@@ -67,7 +67,8 @@ def _compute(
     side = int(name.rpartition("@")[2])
     spec = PixelSpec(side)
     model = Model(name="tf_efficientnet_lite0", weights="package", input_size=side)
-    net = build(model, outputs=2).eval().to(memory_format=torch.channels_last)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    net = build(model, outputs=2).eval().to(device).to(memory_format=torch.channels_last)
     first = len(list(kept.glob("*.npz")))
     with ThreadPoolExecutor(4) as pool, tqdm(total=len(ids), desc=f"embed ({name})", unit="img") as bar:
         for number, start in enumerate(range(0, len(ids), CHUNK)):
@@ -76,8 +77,8 @@ def _compute(
             for place in range(0, len(block), BATCH):
                 squares = list(pool.map(lambda path: square(load(path, spec)[0], side), block[place : place + BATCH]))
                 with torch.inference_mode():
-                    images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
-                    values.append(net.features(images).to(torch.float16).numpy())
+                    images = torch.from_numpy(np.stack(squares)).to(device).permute(0, 3, 1, 2)
+                    values.append(net.features(images).to(torch.float16).cpu().numpy())
                 bar.update(len(squares))
             found = np.concatenate(values)
             with atomic(kept / f"{first + number:05d}.npz") as temporary:

@@ -89,13 +89,14 @@ def _settle_copies(same: pd.DataFrame, torn: bool, found: Findings) -> None:
 
 
 def report_pairs(table: pd.DataFrame, pairs: Ints, found: Findings) -> None:
-    """Note near-duplicates among the training images, and whether their labels differ."""
-    files = table["file"].tolist()
+    """Note near-duplicates among the training images, and whether their labels or folds differ."""
+    files, fold = table["file"].tolist(), table["fold"].tolist()
     labels = table["label"].tolist() if "label" in table else [""] * len(table)
     rows = list(table[["file", "sample_id"]].itertuples())
     for one, other in pairs.tolist():
         kind = "near-duplicate, other label" if labels[one] != labels[other] else "near-duplicate"
-        found.add("train", rows[other], kind, f"looks like {files[one]}")
+        action = "kept" if fold[one] == fold[other] else f"kept, but in folds {fold[one]} and {fold[other]}"
+        found.add("train", rows[other], kind, f"looks like {files[one]}", action)
 
 
 def report_shared(table: pd.DataFrame, test: pd.DataFrame, pairs: Ints, found: Findings) -> None:

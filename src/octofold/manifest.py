@@ -178,6 +178,9 @@ def _check(manifest: Manifest, path: Path) -> None:
     missing = [name for name in ("sample_id", "path") if name not in table]
     if missing:
         raise UserError(path, expected="columns sample_id, path", got=f"no {', '.join(missing)}")
+    outside = [name for name in table["path"] if name.startswith("/") or "\0" in name or ".." in name.split("/")]
+    if outside:
+        raise UserError(path, expected=f"paths inside {manifest.images}", got=preview(map(repr, outside)))
     repeated = table["sample_id"][table["sample_id"].duplicated()]
     if len(repeated):
         raise UserError(path, expected="each sample_id once", got=f"repeated: {preview(repeated)}")
