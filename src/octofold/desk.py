@@ -2,6 +2,7 @@
 
 import getpass
 import io
+from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -50,8 +51,8 @@ class Desk:
         self.journal.refresh()
         left = undecided(self.journal, self.manifest)
         items = self.queue.items
-        kinds = {kind: sum(kind in item.kinds for item in items) for kind in KINDS}
-        labels = {name: sum(item.label == name for item in items) for name in self.manifest.classes}
+        kinds = Counter(kind for item in items for kind in item.kinds)
+        labels = Counter(item.label for item in items)
         return {
             "competition": self.manifest.competition,
             "task": self.manifest.task,
@@ -63,8 +64,8 @@ class Desk:
             "flagged": self.queue.flagged,
             "done": [self.rank[one] for one in self.rank if one not in left],
             "flags": [number for number, item in enumerate(items) if item.flagged],
-            "kinds": {kind: [KINDS[kind], count] for kind, count in kinds.items() if count},
-            "labels": {name: count for name, count in labels.items() if count},
+            "kinds": {kind: [text, kinds[kind]] for kind, text in KINDS.items() if kinds[kind]},
+            "labels": {name: labels[name] for name in self.manifest.classes if labels[name]},
             "seq": len(self.journal.entries),
             "damaged": len(self.journal.damaged),
             "journal": str(self.journal.path),

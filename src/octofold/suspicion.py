@@ -84,14 +84,20 @@ def normalise(features: Array, width: int = 128) -> Array:
     return np.asarray(centred / np.where(length > 0, length, 1), np.float32)
 
 
-def nearest(unit: Array, count: int = NEIGHBOURS, block: int = 1024) -> tuple[Ints, Array]:
+def nearest(unit: Array, count: int = NEIGHBOURS, block: int = 0) -> tuple[Ints, Array]:
     """Find each row's nearest other rows by cosine similarity, exactly, in bounded memory.
+
+    Args:
+        unit: ``(N, F)`` rows of length 1.
+        count: how many.
+        block: rows compared at once; 0 = as many as keep the comparison under some 200 MB.
 
     Returns:
         ``(N, k)`` row numbers and similarities, nearest first; k is `count`, or fewer where there are fewer rows.
     """
     total = len(unit)
     k = max(0, min(count, total - 1))
+    block = block or max(16, min(1024, 12_000_000 // max(1, total)))
     rows, near = np.zeros((total, k), np.int64), np.zeros((total, k), np.float32)
     for start in range(0, total if k else 0, block):
         similarity = unit[start : start + block] @ unit.T
