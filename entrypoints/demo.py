@@ -42,13 +42,14 @@ def run(config: Demo) -> dict[str, Any]:
     blended = step("blend", "--competition", "digits", "--stage", config.stage, "--tta", "auto")
     truth = held_out_accuracy(Path(blended["submission"]), Path(prepared["manifest"]).with_name("test_truth.csv"))
     low, high = blended["estimate/low"], blended["estimate/high"]
-    print(
-        f"\nestimate for the held-out digits  {blended['estimate/accuracy']:.4f}  (95 % interval {low:.4f} to {high:.4f})"
-        f"\nwhat they really gave             {truth:.4f}  ({'inside' if low <= truth <= high else 'outside'} the interval)"
-        f"\nsubmission                        {blended['submission']}"
-        "\ncompare the runs in MLflow        make ui    then open http://127.0.0.1:5000\n",
-        file=sys.stderr,
-    )
+    expected = f"{blended['estimate/accuracy']:.4f}  (95 % interval {low:.4f} to {high:.4f})"
+    lines = {
+        "estimate for the held-out digits": expected,
+        "what they really gave": f"{truth:.4f}  ({'inside' if low <= truth <= high else 'outside'} the interval)",
+        "submission": blended["submission"],
+        "compare the runs in MLflow": "make ui    then open http://127.0.0.1:5000",
+    }
+    print("\n" + "\n".join(f"{what:<34}{value}" for what, value in lines.items()) + "\n", file=sys.stderr)
     return blended | {"held_out/accuracy": truth}
 
 
