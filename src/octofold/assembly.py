@@ -53,8 +53,10 @@ def blend(config: Blend, run: tracking.Run) -> dict[str, Any]:
     views, scores_of_views = (config.tta, {}) if config.tta != "auto" else lineup.best_views(config, train, metric)
     members = lineup.gather(config.competition, config.stage, config.members, train, views, config.mixed)
     rows = members.rows
+    # For points original 000's regression has no meaning of its own: least squares on the simplex is the same idea.
+    method = "simplex" if train.task == "keypoints" and config.method == "lr_mse" else config.method
     judged = verdict.judge(
-        config.method, members.oof, members.names, rows.target, rows.fold, rows.groups, metric,
+        method, members.oof, members.names, rows.target, rows.fold, rows.groups, metric,
         members.per_seed, config.seed,
     )  # fmt: skip
     out = config.out or ROOT / "runs" / "blend" / run.id
