@@ -62,6 +62,7 @@ class Order:
     batch_size: int
     accumulate: int = 1
     draw: npt.NDArray[np.float64] | None = None
+    _last: tuple[tuple[int, int], Ints] | None = None
 
     @property
     def steps(self) -> int:
@@ -71,14 +72,22 @@ class Order:
 
     def step(self, phase: int, epoch: int, step: int) -> list[Ints]:
         """Rows of each micro-batch of one step."""
+        order = self._epoch(phase, epoch)
+        size = self.batch_size * self.accumulate
+        taken = order[step * size : (step + 1) * size]
+        return [taken[start : start + self.batch_size] for start in range(0, len(taken), self.batch_size)]
+
+    def _epoch(self, phase: int, epoch: int) -> Ints:
+        """The rows of an epoch in the order they are drawn; the last epoch asked for is remembered."""
+        if (last := self._last) is not None and last[0] == (phase, epoch):
+            return last[1]
         generator = np.random.default_rng([self.seed, phase, epoch])
         if self.draw is None:
             order = generator.permutation(self.rows)
         else:
             order = generator.choice(self.rows, len(self.rows), p=self.draw)
-        size = self.batch_size * self.accumulate
-        taken = order[step * size : (step + 1) * size]
-        return [taken[start : start + self.batch_size] for start in range(0, len(taken), self.batch_size)]
+        self._last = ((phase, epoch), order)
+        return order
 
 
 @dataclass

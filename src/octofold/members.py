@@ -233,6 +233,7 @@ def _register(run: tracking.Run, result: training.SlotResult, fold: int, seed: i
     """Log a finished slot's artifacts and metrics, and register its model; repeating it changes nothing."""
     card = read_card(result.model_folder)
     log_once(run, result.metrics, 0)
+    run.log_params({f"runtime.{key}": card.info[key] for key in ("precision", "channels_last", "compile", "threads")})
     folder = result.model_folder.parent
     run.log_artifacts(folder / "oof", "oof")
     run.log_artifact(folder / "history.csv")
