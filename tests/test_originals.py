@@ -256,3 +256,69 @@ def test_every_recipe_trains(
     oof = result.oof[recipe.tta]
     assert sorted(oof.sample_ids) == sorted(table.sample_ids[table.fold == 0]), "every held-out row, a pair's too"
     assert np.isfinite(result.metrics[f"oof/{recipe.metric}"])
+
+
+def small(**changes: object) -> Recipe:
+    plain = {
+        "model": {"name": "small_cnn", "input_size": 16},
+        "augment": {"preset": "none"},
+        "optim": {"lr": 3e-3},
+        "batch_size": 8,
+        "tta": "none",
+        "metric": "log_loss",
+        "runtime": {"precision": "fp32"},
+    }
+    return Recipe.model_validate(plain | changes)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for module in (images, features):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    return tmp_path / "slot"
+
+
+def test_overfitting_a_batch_learns_it_and_leaves_the_fold_alone(world: dict[str, Manifest], folder: Path) -> None:
+    recipe = small(overfit=1, phases=[{"epochs": 25}], augment={"preset": "easy_strong"})
+    seen: list[float] = []
+    result = training.train_slot(
+        recipe, world["classify"], 0, 0, folder, lambda _, row: seen.append(row["valid/log_loss"])
+    )
+    assert seen[-1] < 0.1 * seen[0], "the rows trained on are the rows validated on, without augmentation"
+    assert len(result.oof["none"].sample_ids) == (world["classify"].fold == 0).sum()
+
+
+def test_a_pair_expert_tells_its_pair_and_says_nothing_of_others(world: dict[str, Manifest], folder: Path) -> None:
+    table = world["classify"]
+    result = training.train_slot(
+        small(classes=["kiwi", "tomato"], phases=[{"epochs": 12}]), table, 0, 0, folder, _quiet
+    )
+    said = result.oof["none"].reorder(table.classes).take(table.sample_ids[table.fold == 0]).values
+    truth = table.target[table.fold == 0]
+    pair = truth != 1
+    assert (said[pair].argmax(axis=1) == truth[pair]).mean() > 0.9
+    assert said[:, 1].max() < 0.2, "it never met a potato"
+    assert result.metrics["oof/log_loss"] < 0.5, "scored on its pair alone"
+
+
+def test_a_finetune_that_only_harms_leaves_its_start(world: dict[str, Manifest], folder: Path) -> None:
+    """Original 000's stage 4: epoch 0, the given weights, is kept unless validation improves."""
+    first = training.train_slot(small(phases=[{"epochs": 6}]), world["classify"], 0, 0, folder, _quiet)
+    harm = small(phases=[{"epochs": 1, "lr": 10.0, "keep_start": True}], select="best")
+    start = first.model_folder
+    again = training.train_slot(harm, world["classify"], 0, 0, folder.with_name("b"), _quiet, start=start)
+    assert again.history["valid/log_loss"].iloc[-1] > 2 * first.metrics["oof/log_loss"]
+    assert again.metrics["oof/log_loss"] == pytest.approx(first.metrics["oof/log_loss"])
+
+
+def test_weights_handed_over_are_where_training_starts(world: dict[str, Manifest], folder: Path) -> None:
+    first = training.train_slot(small(phases=[{"epochs": 6}]), world["classify"], 0, 0, folder, _quiet)
+    still = small(phases=[{"epochs": 1, "lr": 1e-12}], optim={"weight_decay": 0.0})
+    start = first.model_folder
+    again = training.train_slot(still, world["classify"], 0, 0, folder.with_name("b"), _quiet, start=start)
+    for name, value in models.read_model(start)[0].head.state_dict().items():
+        torch.testing.assert_close(models.read_model(again.model_folder)[0].head.state_dict()[name], value)
+
+
+def _quiet(epoch: int, metrics: dict[str, float]) -> None:
+    pass
