@@ -7,27 +7,26 @@
 An image that cannot be read is named and left out. The same command goes on where it was stopped.
 """
 
-from typing import Any
-
 from octofold.commands import Infer
 from octofold.config import log, run_main
 
 
 def run(config: Infer) -> dict[str, object]:
     """Find the models, predict, write, log."""
-    from octofold import inference, looks, results, shards, tracking
+    from octofold import crews, inference, looks, results, shards, tracking
     from octofold.errors import known
     from octofold.files import ROOT
     from octofold.tta import VIEWS
 
     known("views", config.tta or "geo8", VIEWS)
     source = looks.find(config.images)
-    crew = _crew(config, inference.pick_device(config.device))
+    crew = crews.muster(config)
     views = config.tta or crew.views
-    how = inference.How(views, config.batch_size, config.engine, config.precision, config.early_exit)
+    how = crews.how(config, crew)
     competition = config.competition or crew.voices[0].card.competition
     with tracking.run("infer", config, competition, name=f"infer {crew.name}") as run:
         agreement = {} if how.is_exact else inference.agreement(crew, source.items, how)
+        crews.side_by_side(config, crew, source, how)
         result = shards.run(crew, source, how, config.shards, config.shard)
         if result is None:
             return {"run_id": run.id, "shard": config.shard, "predictions": None}
@@ -44,23 +43,6 @@ def run(config: Infer) -> dict[str, object]:
             "run_id": run.id, **paths, "images": len(result.files), "skipped": skipped, "sorted": copied,
             "models": [voice.name for voice in crew.voices], "views": views, **agreement,
         }  # fmt: skip
-
-
-def _crew(config: Infer, device: str) -> Any:
-    """The models the flags name, as one ensemble."""
-    from octofold import ensemble, tracking
-    from octofold.errors import UserError
-
-    if config.competition and config.member:
-        from octofold import registry
-
-        slots = registry.resolve(config.competition, config.stage, [config.member])[config.member]
-        return ensemble.load_bag([registry.fetch(slot) for slot in slots], device)
-    address = config.model or (f"models:/{config.competition}.blend@{config.stage}" if config.competition else "")
-    if not address:
-        raise UserError("infer", expected="--model, or --competition with --member", got="neither")
-    is_stored = address.startswith(("models:/", "runs:/"))
-    return ensemble.load(tracking.fetch_uri(address, address) if is_stored else address, device)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,9 @@ BETWEEN_WORKFLOWS = {  # the exceptions, each because one writes what the other 
     ("shards", "inference"),  # a big job is inference cut into parts,
     ("results", "inference"),  # and what it leaves behind
     ("results", "shards"),
+    ("crews", "shards"),  # parts of a job side by side
+    ("crews", "inference"),
+    ("crews", "looks"),
     ("members", "promotion"),  # train --stage
 }
 

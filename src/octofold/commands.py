@@ -95,6 +95,12 @@ class Infer(Section):
     shard: int | None = Field(
         None, ge=0, description="make only this part (for several machines sharing mlruns/); null = all, then join"
     )
+    executor: Literal["local", "ray"] = Field(
+        "local", description="processes of this machine, or a Ray cluster (RAY_ADDRESS) that shares this folder"
+    )
+    parallel: int | None = Field(
+        None, ge=1, description="shards predicted at once; null = one here (it takes every core), as many as fit on Ray"
+    )
     engine: Literal["auto", "eager", "channels_last", "compile", "openvino"] = Field(
         "auto", description="how networks are run; auto = the fastest that gives eager's probabilities to 1e-5"
     )

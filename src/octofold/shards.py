@@ -84,6 +84,23 @@ def run(
     return result
 
 
+def missing(ensemble: Ensemble, source: Source, how: How, shards: int = 0) -> list[int]:
+    """Return the numbers of the parts that no earlier call of the same job has made."""
+    count = len(_cut(source.items, shards))
+    work = ROOT / "mlruns" / "work" / "infer" / _key(ensemble, source, how, count)
+    return [place for place in range(count) if not _file(work, place).exists()]
+
+
+def make(ensemble: Ensemble, source: Source, how: How, shards: int, place: int) -> str:
+    """Make one part, unless it is made, and leave joining to others; return its file."""
+    parts = _cut(source.items, shards)
+    file = _file(ROOT / "mlruns" / "work" / "infer" / _key(ensemble, source, how, len(parts)), place)
+    if not file.exists():
+        with tqdm(total=len(parts[place]), disable=True) as bar:
+            _one(ensemble, parts[place], how, bar).save(file)
+    return str(file)
+
+
 def _cut(items: Sequence[Item], shards: int) -> list[Sequence[Item]]:
     count = min(len(items), shards) if shards else -(-len(items) // ROWS)
     edges = np.linspace(0, len(items), max(1, count) + 1).astype(int)

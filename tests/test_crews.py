@@ -1,0 +1,79 @@
+"""Parts of a big job, made side by side by several processes, are the bytes one process makes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from octofold import compute, crews, looks, models, recipe, results, shards
+from octofold.commands import Infer
+from octofold.errors import UserError
+from world import CLASSES, make_world
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Infer:
+    """Flags for a checkpoint folder and a folder of photos."""
+    make_world(tmp_path / "world", samples=12)
+    torch.manual_seed(0)
+    own = recipe.Recipe.model_validate({"model": {"name": "small_cnn", "input_size": 16, "weights": "none"}})
+    net = models.build(own.model, len(CLASSES))
+    models.write_model(
+        tmp_path / "model",
+        net,
+        models.ModelCard(own.model_dump(mode="json"), "classify", CLASSES, "tiny", "m", 0, 0, "h"),
+    )
+    monkeypatch.setattr(shards, "ROOT", tmp_path)
+    monkeypatch.setenv("OCTOFOLD_HOME", str(tmp_path))
+    return Infer(
+        model=str(tmp_path / "model"),
+        images=tmp_path / "world" / "images",
+        tta="flip",
+        engine="eager",
+        shards=3,
+        parallel=2,
+    )
+
+
+@pytest.mark.slow
+def test_side_by_side_gives_the_same_bytes(config: Infer, tmp_path: Path) -> None:
+    crew, source = crews.muster(config), looks.find(config.images)
+    way = crews.how(config, crew)
+    written = []
+    for parallel in (1, 2):
+        asked = config.model_copy(update={"parallel": parallel})
+        crews.side_by_side(asked, crew, source, way)
+        assert len(shards.missing(crew, source, way, 3)) == (3 if parallel == 1 else 0)
+        joined = shards.run(crew, source, way, 3, progress=False)
+        assert joined is not None
+        written.append(Path(results.write(joined, tmp_path / f"out{parallel}")["predictions"]).read_bytes())
+    assert written[0] == written[1]
+
+
+def test_only_what_is_missing_is_made(config: Infer, monkeypatch: pytest.MonkeyPatch) -> None:
+    crew, source = crews.muster(config), looks.find(config.images)
+    way = crews.how(config, crew)
+    made = shards.make(crew, source, way, 3, 1)
+    bytes_ = Path(made).read_bytes()
+    asked: list[str] = []
+    monkeypatch.setattr(compute, "map_jobs", lambda function, jobs, *_, **__: asked.extend(job.key for job in jobs))
+    crews.side_by_side(config, crew, source, way)
+    assert asked == ["part 0", "part 2"]
+    assert shards.make(crew, source, way, 3, 1) == made
+    assert Path(made).read_bytes() == bytes_
+    assert crews._ready(config.model_dump_json())[0].model_sha == crew.model_sha
+
+
+def test_no_model_is_named(config: Infer) -> None:
+    with pytest.raises(UserError, match="--model, or --competition"):
+        crews.muster(config.model_copy(update={"model": ""}))
+
+
+def test_values_do_not_depend_on_the_number_of_parts(config: Infer) -> None:
+    crew, source = crews.muster(config), looks.find(config.images)
+    way = crews.how(config, crew)
+    one, five = (shards.run(crew, source, way, count, progress=False) for count in (1, 5))
+    assert one is not None
+    assert five is not None
+    np.testing.assert_array_equal(one.predictions.values, five.predictions.values)
