@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from labelled import CLASSES, make_manifest, make_oof
@@ -13,6 +14,7 @@ from octofold.commands import Report
 from octofold.errors import UserError
 from octofold.files import sha256_file, write_json, write_text
 from octofold.manifest import Manifest
+from octofold.metrics import METRICS
 from octofold.predictions import Predictions
 
 SCORES = {
@@ -165,6 +167,37 @@ def test_axes_hold_their_values_between_round_ticks(values: list[float]) -> None
     assert scale.at(scale.high) == 100.0
     labels = [scale.label(tick) for tick in scale.ticks]
     assert len(set(labels)) == len(labels)
+
+
+def test_points_have_a_page_too(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    columns = {f"{name}_{axis}": rng.uniform(0, 90, 20) for name in ("nose", "tail") for axis in "xy"}
+    columns["tail_x"][3] = columns["tail_y"][3] = np.nan
+    table = pd.DataFrame({"sample_id": [f"s{row}" for row in range(20)], "path": "x", "fold": np.arange(20) % 4})
+    points = Manifest(
+        table.assign(**columns), "keypoints", ("nose", "tail"), "world", tmp_path, file=tmp_path / "m.csv"
+    )
+    members = []
+    for name, noise in (("one", 2.0), ("two", 4.0)):
+        values = np.nan_to_num(points.target, nan=50.0) + rng.normal(0, noise, points.target.shape)
+        own = Predictions(points.sample_ids, values, points.classes, points.hash, name, "s", "none", points.fold)
+        members.append(chronicle.Member(name, [], "production", own))
+    facts = page.Facts("world", points, "mse", METRICS["mse"], members, [], [], [], [], None, None, {}, "")
+    shown = page.analyse(facts)
+    assert [line.name for line in shown["lines"]] == ["one", "two"]
+    text = report.render(shown | {"advice": advice.next_steps(shown, facts)})
+    assert "lower is better" in Reader(text).text
+    assert not re.search(r"\b(nan|inf|None)\b", Reader(text).text)
+
+
+def test_experiments_are_pairs_that_differ_in_few_fields() -> None:
+    def member(name: str, **settings: str) -> chronicle.Member:
+        return chronicle.Member(name, [], "", None, settings=settings)
+
+    one = member("a", **{"optim.lr": "0.1", "member": "a", "phases": "[{'epochs': 6, 'lr': None}]"})
+    two = member("b", **{"optim.lr": "0.1", "member": "b", "phases": "[{'epochs': 9, 'lr': None, 'replicas': 0}]"})
+    far = member("c", **{"optim.lr": "9", "batch_size": "1", "phases": "[{'epochs': 1, 'lr': 3, 'x': 2}, {}]"})
+    assert chronicle.experiments([one, two, far]) == [("a", "b", "phases.0.epochs 6 for 9")]
 
 
 def test_one_failed_blend_does_not_squeeze_the_others() -> None:

@@ -1,11 +1,13 @@
 """Chronicle: what was trained, blended, tuned and scored in a competition, read back from MLflow as plain records."""
 
+import ast
 import csv
 import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -220,6 +222,31 @@ def probes(competition: str) -> list[Probed]:
             numbers = [float(row[key]) for key in ("gain", "low", "high", "chance")]
             found.append(Probed(run.id, row["arm"], Gain(first["arm"], *numbers)))
     return found
+
+
+def experiments(members: Sequence[Member]) -> list[tuple[str, str, str]]:
+    """Pairs of members whose recipes differ in at most three fields, and those fields: experiments, as it were."""
+    found = []
+    for one, other in combinations(members, 2):
+        mine, theirs = _fields(one.settings), _fields(other.settings)
+        odd = sorted(key for key in mine.keys() & theirs.keys() if mine[key] != theirs[key])
+        if odd and len(odd) <= 3:  # a field that only one of them has came with newer code, at its default
+            said = ", ".join(f"{key} {mine[key]} for {theirs[key]}" for key in odd)
+            found.append((one.name, other.name, said))
+    return found
+
+
+def _fields(settings: dict[str, str]) -> dict[str, str]:
+    """The recipe fields among a run's params, each phase's under its own name: ``phases.0.epochs``."""
+    aside = ("member", "config", "manifest", "folds", "seeds", "stage", "restart", "executor", "parallel", "tta")
+    kept = {key: text for key, text in settings.items() if key.split(".")[0] not in (*aside, "runtime")}
+    try:
+        phases = ast.literal_eval(kept.pop("phases", "[]"))
+    except (SyntaxError, ValueError):  # cut off by MLflow at 6000 characters
+        return kept
+    for place, phase in enumerate(phases):
+        kept |= {f"phases.{place}.{key}": str(value) for key, value in phase.items()}
+    return kept | {"phases": str(len(phases))}
 
 
 def _settings(params: dict[str, str]) -> dict[str, str]:

@@ -5,14 +5,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import combinations
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from octofold import axes, estimate, shakeup
-from octofold.chronicle import Blended, Member, Probed, Tuned
+from octofold.chronicle import Blended, Member, Probed, Tuned, experiments
 from octofold.estimate import Gain, Interval
 from octofold.manifest import Manifest
 from octofold.metrics import Metric, calibration_error, confusion
@@ -254,27 +253,13 @@ def ablations(facts: Facts, table: dict[str, tuple[float, Array]], values: Seque
             rows.append(
                 ("blend", f"over {name}" if not name.startswith("without") else f"over the blend {name}", found)
             )
-    for one, other, said in recipe_pairs(facts.known)[:12]:
+    for one, other, said in experiments(facts.known)[:12]:
         mine, theirs = table[one][1], table[other][1]
         found = estimate.gain(other, mine, theirs, (table[one][0], table[other][0]), metric)
         rows.append((one, f"over {other}: {said}", found))
     rows += [(probed.arm, f"over {probed.gain.over}, by probe", probed.gain) for probed in facts.probed[-12:]]
     bounds = [bound for _, _, found in rows for bound in (found.low, found.high)]
     return {"rows": rows, "axis": axes.fit(bounds, include=[0.0])}
-
-
-def recipe_pairs(members: Sequence[Member]) -> list[tuple[str, str, str]]:
-    """Pairs of members whose recipes differ in at most three fields, and those fields: experiments, as it were."""
-    found = []
-    aside = {"member", "config", "manifest", "folds", "seeds", "stage", "restart", "executor", "parallel", "tta"}
-    for one, other in combinations(members, 2):
-        keys = {key for key in one.settings.keys() | other.settings.keys() if key.split(".")[0] not in aside}
-        keys = {key for key in keys if not key.startswith("runtime.")}
-        odd = sorted(key for key in keys if one.settings.get(key) != other.settings.get(key))
-        if odd and len(odd) <= 3:
-            said = ", ".join(f"{key} {one.settings.get(key, '–')} for {other.settings.get(key, '–')}" for key in odd)
-            found.append((one.name, other.name, said))
-    return found
 
 
 def correlation(facts: Facts, values: Sequence[Array]) -> dict[str, Any] | None:
