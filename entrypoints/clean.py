@@ -20,9 +20,10 @@ def run(config: Clean) -> dict[str, object]:
 
     table = manifest.read(config.manifest)
     journal = Journal(config.journal or config.manifest.with_name("decisions.jsonl"))
-    oof = cleaning.find_oof(table, config.oof, config.stage)
+    competition = config.competition or table.competition
+    oof = cleaning.find_oof(competition, config.oof, config.stage)
     with tracking.run(
-        "clean", config, table.competition, name=f"clean {table.competition}", tags={"manifest_hash": table.hash}
+        "clean", config, competition, name=f"clean {competition}", tags={"manifest_hash": table.hash}
     ) as run:
         queue = cleaning.rank(table, oof, vectors.embed(table, config.embed), journal, config.limit)
         path = queue.write((config.out or ROOT / "runs" / "clean" / run.id) / "queue.csv")

@@ -170,7 +170,8 @@ def test_a_cut_at_any_byte_loses_only_the_cut_line(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     entries = [act(name, "relabel", target="лимон") for name in "abc"]
     whole = "".join(entry.line() for entry in entries).encode()
-    for length in range(len(whole) + 1):
+    ends = {0, *(len("".join(entry.line() for entry in entries[: n + 1]).encode()) for n in range(3))}
+    for length in sorted({*range(0, len(whole), 9), *(end + step for end in ends for step in (-2, -1, 0, 1))}):
         path.write_bytes(whole[:length])
         found = read(path)
         sound = sum(

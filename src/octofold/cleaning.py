@@ -131,7 +131,7 @@ def rank(
     return Queue(items[: limit or None], notes, evidence.guessed_points)
 
 
-def find_oof(manifest: Manifest, files: Sequence[Path], stage: str) -> list[Predictions]:
+def find_oof(competition: str, files: Sequence[Path], stage: str) -> list[Predictions]:
     """Return the OOF to judge by: the files given, else of the members in `stage`, else of all that were trained.
 
     Raises:
@@ -139,9 +139,9 @@ def find_oof(manifest: Manifest, files: Sequence[Path], stage: str) -> list[Pred
     """
     if files:
         return [Predictions.load(file) for file in files]
-    members = registry.resolve(manifest.competition, stage)
+    members = registry.resolve(competition, stage)
     if not members:
-        newest = registry.slots(manifest.competition)
+        newest = registry.slots(competition)
         members = {name: [versions[-1] for versions in group.values()] for name, group in newest.items()}
         if members:
             log.info("no member stands in %s: the newest version of each slot speaks", stage)
