@@ -89,7 +89,8 @@ def check_same(folder: Path, then: Mapping[str, str], now: Mapping[str, str]) ->
     Raises:
         UserError: anything in `identity` differs.
     """
-    changed = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
+    changed = [name for name in {*then, *now} if then.get(name) != now.get(name)]
+    changed.sort(key=lambda name: (not name.startswith("recipe"), not name.startswith("manifest"), name))
     if changed:
         shown = [f"{name} ({_short(then.get(name))} -> {_short(now.get(name))})" for name in changed]
         raise UserError(
