@@ -1,7 +1,7 @@
 # The whole house in six commands. Only Python (3.11 or newer) and make are needed; everything else lands in .venv
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := offline,openvino,postgres,ray,clean,dev
+EXTRAS := offline,openvino,postgres,ray,clean,tensorboard,dev
 export NO_ALBUMENTATIONS_UPDATE := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
