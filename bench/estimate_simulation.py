@@ -106,7 +106,7 @@ def judge(game: Competition, seed: int) -> dict[str, Any]:
     folds = [game.test[:, held] for held in range(game.test.shape[1])]
     outlook = shift.foresee(
         judged.cross.values, game.target, [judged.blend.apply(part) for part in folds], judged.standard_error,
-        shift.pooled(parts), (game.oof, folds),
+        shift.pooled(parts), (game.oof, folds), shift.rehearse(game.train_features, game.target),
     )  # fmt: skip
     bagged = game.test.mean(axis=1)
     right = ACCURACY.score(judged.blend.apply(bagged), game.truth)
@@ -137,7 +137,7 @@ def picks(game: Competition, bagged: np.ndarray, seed: int, public_share: float 
     theirs = np.argsort(-public, kind="stable")[:2]
     worlds = shakeup.draw(
         oof, [str(n) for n in range(len(oof))], np.eye(game.oof.shape[2])[game.target], ACCURACY, public_share,
-        game.groups, resample=True, reps=300, seed=seed,
+        game.groups, resample=True, drift=0.01, reps=300, seed=seed,
     )  # fmt: skip
     ours = shakeup.two_finals(worlds, public)
     return {"private_ours": private[list(ours)].max(), "private_public": private[theirs].max(), "best": private.max()}

@@ -76,3 +76,14 @@ def test_calibrated_probabilities_have_the_accuracy_asked_for() -> None:
     drawn = shift.expected_score(test, 0.8, accuracy)
     assert drawn == pytest.approx(0.8, abs=0.01)
     assert 0.5 < shift.expected_score(test, 0.8, macro_f1) < 0.9
+
+
+def test_a_rehearsal_learns_how_much_confidence_overlooks() -> None:
+    """Clusters far from all others are judged with unshaken confidence, and wrongly: accuracy falls the faster."""
+    rng = np.random.default_rng(0)
+    centres = 2.5 * rng.normal(size=(4, 3, 8))
+    target, part = rng.integers(0, 4, 900), rng.integers(0, 3, 900)
+    slope = shift.rehearse(centres[target, part] + rng.normal(size=(900, 8)), target)
+    assert 1.0 <= slope <= 3.5
+    assert slope != shift.SURENESS
+    assert shift.rehearse(rng.normal(size=(20, 5)), np.repeat([0, 1], 10)) == shift.SURENESS

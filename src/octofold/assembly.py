@@ -9,10 +9,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from octofold import ledger, lineup, manifest, plots, serving, shakeup, shift, submission, succession, tracking, verdict
+from octofold import (
+    embedding,
+    ledger,
+    lineup,
+    manifest,
+    plots,
+    serving,
+    shakeup,
+    shift,
+    submission,
+    succession,
+    tracking,
+    verdict,
+)
 from octofold.commands import Blend
 from octofold.errors import UserError
 from octofold.files import ROOT, write_text
+from octofold.images import PixelSpec, load, square
 from octofold.inference import nested
 from octofold.lineup import Lineup
 from octofold.manifest import Manifest
@@ -120,7 +134,25 @@ def foresee(members: Lineup, judged: Verdict, said: Spoken, near: lineup.Near | 
         judged.cross.values, members.rows, accuracy
     )  # fmt: skip
     distance = near.distance if near is not None else None
-    return shift.foresee(judged.cross.values, members.rows.target, folds, error, distance, (members.oof, parts))
+    slope = rehearsed(members.rows) if near is not None else shift.SURENESS
+    return shift.foresee(judged.cross.values, members.rows.target, folds, error, distance, (members.oof, parts), slope)
+
+
+def rehearsed(rows: Manifest, most: int = 3000) -> float:
+    """Return how fast accuracy falls with confidence on these photos, by `shift.rehearse`.
+
+    The embedding knows nothing of the labels: ImageNet's where `prepare` could use it (then it is cached), else pixels.
+    """
+    some = rows.take(np.linspace(0, len(rows.table) - 1, min(most, len(rows.table))).astype(int))
+    sized = {"width", "height"} <= set(some.table)
+    sides = some.table[["width", "height"]].min(axis=1).to_numpy() if sized else np.zeros(0)
+    name = embedding.choose(sides)
+    tiny = np.zeros((len(some.table), 0), np.uint8)
+    if name == "pixels":
+        tiny = np.stack([square(load(path, PixelSpec(16, "squash"))[0], 16).reshape(-1) for path in some.paths])
+    folder = ROOT / "data" / rows.competition / "cache"
+    features, _ = embedding.embed_or_pixels(name, some.sample_ids.tolist(), some.paths, tiny, folder)
+    return shift.rehearse(features, some.target)
 
 
 def shaken(

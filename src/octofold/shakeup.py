@@ -57,6 +57,7 @@ def draw(
     public_share: float,
     groups: Array | None = None,
     resample: bool = False,
+    drift: float = 0.0,
     reps: int = 1000,
     seed: int = 0,
 ) -> Worlds:
@@ -73,6 +74,8 @@ def draw(
         resample: for labels that are known. Each world is a population drawn from these rows, whole groups with
             replacement, and each side a sample of that population: so a candidate that is better than its OOF says is
             so on both boards. Without it a good public part would leave a bad private one.
+        drift: standard deviation of what the move from these rows to the real test set does to each candidate by
+            itself, on both boards alike; the larger, the more the public board teaches.
         reps: worlds.
         seed: of the draw.
     """
@@ -94,7 +97,8 @@ def draw(
                     board[row, rep] = (hits[row, side] == target[side]).mean()
                 else:
                     board[row, rep] = metric.score(values[side], target[side])
-    return Worlds(list(names), public, private, 1 if metric.higher_is_better else -1)
+    moved = drift * rng.standard_normal(public.shape)
+    return Worlds(list(names), public + moved, private + moved, 1 if metric.higher_is_better else -1)
 
 
 def _hits(candidates: Sequence[Array], metric: Metric) -> Array | None:

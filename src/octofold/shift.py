@@ -5,6 +5,7 @@ views of the difference, none of which needs a test label: how well a classifier
 images are from their nearest training image beside held-out ones, and how much less sure the models are.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,7 @@ SURENESS, AGREEMENT = 1.4, 1.3
 Measured where the truth was known: clusters and products of grocery15's training photos held out, digits turned,
 moved, blurred and made noisy, and synthetic competitions. A shift is never seen whole, so both are above 1.
 """
-BLINDNESS = 0.2
+BLINDNESS = 0.1
 """Probit units of accuracy that may be lost unseen for each standard deviation that test is apart from train."""
 
 
@@ -182,6 +183,7 @@ def foresee(
     spread: float,
     distance: Distance | None = None,
     members: tuple[Array, Sequence[Array]] | None = None,
+    slope: float = SURENESS,
 ) -> Outlook:
     """Estimate accuracy on the test images themselves, from how sure the models are of them and how much they agree.
 
@@ -196,15 +198,17 @@ def foresee(
         spread: standard error of the cross-fitted accuracy (groups and seeds).
         distance: from `measure`, to be told with the rest.
         members: ``(M, N, K)`` out-of-fold and, per fold, ``(M, T, K)`` test probabilities; agreement needs two members.
+        slope: how much faster accuracy falls than confidence on this data, from `rehearse`.
     """
     accuracy, rows = float((oof.argmax(axis=1) == target).mean()), len(test_by_fold[0])
     power = temperature(oof, target)
     sure = tempered(oof, power).max(axis=1)
     sure_test = np.mean([tempered(part, power).max(axis=1) for part in test_by_fold], axis=0)
-    signals = [(SURENESS, sure, sure_test)]
+    signals = [(slope, sure, sure_test)]
     if members is not None and len(members[0]) > 1:
         agreed = np.mean([agreement(part) for part in members[1]], axis=0)
-        signals = [(SURENESS / 3, sure, sure_test), (AGREEMENT * 2 / 3, agreement(members[0]), agreed)]
+        pace = AGREEMENT * np.sqrt(slope / SURENESS)
+        signals = [(slope / 2, sure, sure_test), (pace / 2, agreement(members[0]), agreed)]
     fall = sum(slope * (_level(new.mean()) - _level(old.mean())) for slope, old, new in signals)
     noise = _noise([(slope, old) for slope, old, _ in signals]) + _noise([(slope, new) for slope, _, new in signals])
     fall *= max(0.0, 1 - noise / max(fall**2, 1e-12))
@@ -217,10 +221,10 @@ def foresee(
     apart = 0.0
     if distance is not None:
         apart = np.sqrt(2) * _level(max(0.5, distance.auc - 2 * distance.auc_error))
-    blind_down = np.hypot(min(0.05 + 0.5 * abs(fall), 0.35), BLINDNESS * apart)
-    blind_up = min(0.05 + 0.4 * abs(fall), 0.25)
+    blind_down = np.hypot(min(0.05 + 0.4 * abs(fall), 0.35), BLINDNESS * apart)
+    blind_up = min(0.05 + 0.4 * abs(fall), 0.3)
     down, up = (1.96 * float(np.sqrt(own**2 + finite**2 + blind**2)) for blind in (blind_down, blind_up))
-    parts = {"oof": accuracy, "temperature": 1 / power, "confidence": float(sure_test.mean())}
+    parts = {"oof": accuracy, "temperature": 1 / power, "confidence": float(sure_test.mean()), "slope": slope}
     parts["atc"] = float(np.mean([atc(oof, target, part) for part in test_by_fold]))
     if len(signals) > 1:
         parts |= {"agreement_oof": float(signals[1][1].mean()), "agreement_test": float(signals[1][2].mean())}
@@ -233,6 +237,67 @@ def foresee(
     covers = ["sampling of groups", f"the {rows} test images", "shift that confidence and agreement do not show"]
     bounds = Interval(value, float(ndtr(centre - down)), float(ndtr(centre + up)))
     return Outlook(bounds, accuracy, parts, distance, covers)
+
+
+def rehearse(features: Array, target: Array, reps: int = 8, seed: int = 0) -> float:
+    """Rehearse a shift with training data alone: how much faster does accuracy fall than confidence here?
+
+    Each class is cut into sub-clusters; in turn one of each is held out whole, a logistic regression learns the rest,
+    and what confidence and accuracy lose from ordinary held-out rows to those never seen are set side by side.
+
+    Args:
+        features: ``(N, F)`` of an embedding that did not learn these labels: ImageNet's, or pixels.
+        target: ``(N,)``.
+        reps: rehearsals.
+        seed: of the cuts.
+
+    Returns:
+        The slope on the probit scale, between 1 and 3.5; `SURENESS` where classes are too small to be cut.
+    """
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import PCA
+    from sklearn.preprocessing import StandardScaler
+
+    rng = np.random.default_rng(seed)
+    width = min(40, features.shape[1], len(features) // 4)
+    rows = StandardScaler().fit_transform(PCA(width, random_state=seed).fit_transform(features))
+    cut = np.zeros(len(target), int)
+    for label in np.unique(target):
+        own = np.flatnonzero(target == label)
+        parts = min(3, max(1, len(own) // 8))
+        cut[own] = 100 * label + KMeans(parts, n_init=1, random_state=seed).fit_predict(rows[own])
+    pairs = [_rehearsal(rows, target, cut, rng) for _ in range(reps)]
+    falls = np.array([pair for pair in pairs if pair is not None and pair[0] < -0.02])
+    if len(falls) < 3:
+        return SURENESS
+    steep = float((falls[:, 0] * falls[:, 1]).sum() / (falls[:, 0] ** 2).sum())
+    return float(np.clip(0.9 * steep, 1.0, 3.5))  # a whole sub-cluster never seen is harsher than another visit
+
+
+def _rehearsal(rows: Array, target: Array, cut: Array, rng: np.random.Generator) -> tuple[float, float] | None:
+    """What confidence and accuracy lose, on the probit scale, on one held-out sub-cluster of each class."""
+    from sklearn.linear_model import LogisticRegression
+
+    away = np.zeros(len(target), bool)
+    for label in np.unique(target):
+        parts = np.unique(cut[target == label])
+        away |= (cut == rng.choice(parts)) if len(parts) > 1 else False
+    near = ~away & (rng.random(len(target)) < 0.3)
+    learn = ~away & ~near
+    if min(away.sum(), near.sum()) < 20 or len(np.unique(target[learn])) < 2:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # not converged to the last digit is near enough
+        model = LogisticRegression(C=0.1, max_iter=60, tol=1e-3).fit(rows[learn], target[learn])
+    levels: list[tuple[float, float]] = []
+    power = 1.0
+    for part in (near, away):
+        probs = np.zeros((part.sum(), int(target.max()) + 1))
+        probs[:, model.classes_] = model.predict_proba(rows[part])
+        power = temperature(probs, target[part]) if not levels else power
+        hit, sure = (probs.argmax(axis=1) == target[part]).mean(), tempered(probs, power).max(axis=1).mean()
+        levels.append((_level(sure), _level(hit)))
+    return levels[1][0] - levels[0][0], levels[1][1] - levels[0][1]
 
 
 def agreement(members: Array) -> Array:
