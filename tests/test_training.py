@@ -234,3 +234,13 @@ def test_one_process_shares_with_nobody() -> None:
     assert list(alone.share([1, 2, 3])) == [1, 2, 3]
     assert list(Devices(torch.device("cpu"), 1, 2).share([1, 2, 3])) == [2]
     assert "WORLD_SIZE" not in os.environ
+
+
+def test_bf16_learns_what_fp32_learns(home: Path) -> None:
+    table, phases = make_world(home, samples=60), [{"epochs": 4}]
+    exact = train(home, table, "exact", phases=phases)
+    halved = train(home, table, "halved", phases=phases, runtime=PINNED | {"precision": "bf16"})
+    seeds = [training.train_slot(recipe_of(phases=phases), table, 0, seed, home / f"s{seed}", lambda *_: None)
+             for seed in (1, 2)]  # fmt: skip
+    noise = max(float((seed.history["train/loss"] - exact.history["train/loss"]).abs().max()) for seed in seeds)
+    assert float((halved.history["train/loss"] - exact.history["train/loss"]).abs().max()) < noise

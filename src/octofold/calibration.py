@@ -84,14 +84,16 @@ def _measured(recipe: Recipe, net: Net, device: torch.device, ways: list[Way]) -
         times = _race(net, device, size, recipe.batch_size, ways)
         order = sorted(range(len(ways)), key=lambda place: times[place])
         best = order[0] if times[0] > MARGIN * times[order[0]] else 0
+        if times[best] == float("inf"):
+            best = 0  # none could be timed: let the training itself say what is wrong
         found = {
             "model": recipe.model.name,
             "size": size,
             "batch": recipe.batch_size,
             "machine": machine(device),
             "chosen": ways[best],
-            "ms_per_step": {_label(way): round(1000 * t, 2) for way, t in zip(ways, times, strict=True)},
-            "speedup": round(times[0] / times[best], 3),
+            "ms_per_step": {_label(w): round(1000 * t, 2) for w, t in zip(ways, times, strict=True) if t < 1e9},
+            "speedup": round(times[0] / times[best], 3) if times[0] < 1e9 else 1.0,
         }
         write_json(path, known | {key: found})
     log.info(
@@ -138,12 +140,17 @@ def _cores() -> int:
 def _race(net: Net, device: torch.device, size: int, batch: int, ways: list[Way]) -> list[float]:
     """Time a training step of each way, in turns, so that a busy moment hits all alike; return the best seconds."""
     state = torch.get_rng_state()
-    steps = [_stepper(net, device, size, batch, way) for way in ways]
-    for step in steps:
-        step()  # the first call allocates (and compiles)
+    steps: dict[int, Callable[[], float]] = {}
+    for place, way in enumerate(ways):
+        try:
+            step = _stepper(net, device, size, batch, way)
+            step()  # the first call allocates (and compiles)
+            steps[place] = step
+        except (RuntimeError, NotImplementedError) as error:  # too little memory, no compiler, no such kernel
+            log.info("%s left out: %s", _label(way), str(error).splitlines()[0] if str(error) else type(error).__name__)
     begun, times = time.perf_counter(), [float("inf")] * len(ways)
     for done in range(ROUNDS):
-        for place, step in enumerate(steps):
+        for place, step in steps.items():
             times[place] = min(times[place], step())
         if time.perf_counter() - begun > BUDGET_S and done:
             break
