@@ -27,6 +27,7 @@ def test_a_dead_process_is_an_orphan() -> None:
         ({"boot_id": "an earlier boot"}, True),
         ({"pid.started": "1.0"}, True),  # the number was given to another process since
         ({"pid": "999999999"}, True),
+        ({"pid.space": "pid:[1]", "pid": "999999999"}, False),  # another container
         ({"host": "another-machine", "pid": "999999999"}, False),  # nobody here can know
     ],
 )

@@ -14,7 +14,16 @@ def identity() -> dict[str, str]:
     import psutil
 
     started = f"{psutil.Process().create_time():.2f}"
-    return {"pid": str(os.getpid()), "pid.started": started, "host": socket.gethostname(), "boot_id": _boot_id()}
+    place = {"host": socket.gethostname(), "boot_id": _boot_id(), "pid.space": _pid_space()}
+    return {"pid": str(os.getpid()), "pid.started": started, **place}
+
+
+@lru_cache(maxsize=1)
+def _pid_space() -> str:
+    """The kernel's name of the process numbers we see: each container has its own on one host."""
+    with contextlib.suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""
 
 
 @lru_cache(maxsize=1)
@@ -34,6 +43,8 @@ def is_orphan(tags: Mapping[str, str]) -> bool:
         return False
     if tags.get("boot_id") != _boot_id():
         return True
+    if tags.get("pid.space", "") != _pid_space():
+        return False  # another container's processes cannot be seen from here
     try:
         started = psutil.Process(int(tags["pid"])).create_time()
     except (psutil.NoSuchProcess, ValueError):
