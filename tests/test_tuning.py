@@ -210,6 +210,15 @@ def test_a_study_of_that_name_with_another_plan_is_refused(changes: Any, words: 
     assert "--study" in str(caught.value)
 
 
+def test_a_recipe_field_that_newer_code_added_does_not_lock_a_study_out(tmp_path: Path) -> None:
+    what = plan()
+    study = begin(tmp_path, what)
+    older = study.user_attrs["plan"]
+    del older["base"]["optim"]["momentum"]
+    study.set_user_attr("plan", older)
+    assert begin(tmp_path, what).study_name == study.study_name
+
+
 @pytest.mark.parametrize(
     "url",
     [

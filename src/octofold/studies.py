@@ -27,7 +27,7 @@ from octofold.config import build
 from octofold.errors import UserError, preview
 from octofold.recipe import Recipe
 from octofold.space import Knob
-from octofold.trials import Plan, Record, winner
+from octofold.trials import NOT_BASE, Plan, Record, winner
 
 HEARTBEAT_S, GRACE_S = 60, 180
 RETRIES = 5
@@ -106,7 +106,7 @@ def open_study(name: str, storage: RDBStorage, plan: Plan) -> Study:
         directions=["maximize" if up else "minimize" for up in plan.higher_is_better],
         load_if_exists=True,
     )
-    now, before = plan.describe(), study.user_attrs.get("plan")
+    now, before = plan.describe(), _renewed(study.user_attrs.get("plan"))
     if before is None:
         study.set_user_attr("plan", now)
     elif before != now:
@@ -123,6 +123,17 @@ def open_study(name: str, storage: RDBStorage, plan: Plan) -> Study:
     if all(trial.state == TrialState.FAIL for trial in base):
         study.enqueue_trial(plan.space.values_of(plan.space.base), user_attrs={"base": True})
     return study
+
+
+def _renewed(plan: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A stored plan with the recipe fields that were added since, at their defaults."""
+    if plan is None:
+        return None
+    try:
+        base = build(Recipe, plan["base"], "stored plan")
+    except UserError:  # a field of it is gone
+        return plan
+    return plan | {"base": base.model_dump(mode="json", exclude=NOT_BASE)}
 
 
 def _narrow(source: dict[str, Any], key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -226,7 +237,7 @@ def take_over(study: Study, plan: Plan, name: str, storage: RDBStorage) -> tuple
     except KeyError:
         names = optuna.get_all_study_names(storage)
         raise UserError(f"warm_start: study:{name}", expected=f"one of {preview(names, 10)}", got=name) from None
-    theirs, ours = other.user_attrs["plan"], plan.describe()
+    theirs, ours = _renewed(other.user_attrs["plan"]) or {}, plan.describe()
     same_terms = all(theirs.get(key) == ours[key] for key in ours if key not in ("space", "base"))
     known = {str(record.values) for record in records(study)}
     imported, hints = 0, []
@@ -237,8 +248,8 @@ def take_over(study: Study, plan: Plan, name: str, storage: RDBStorage) -> tuple
             values = plan.space.values_of(recipe)
         except UserError:
             continue  # it lies outside our space
-        unseen = {"member", "runtime", "folds", "seeds"}
-        says_all = plan.space.recipe(values).model_dump(exclude=unseen) == recipe.model_dump(exclude=unseen)
+        ours_says = plan.space.recipe(values).model_dump(exclude=NOT_BASE)
+        says_all = ours_says == recipe.model_dump(exclude=NOT_BASE)
         if same_terms and says_all and str(values) not in known:
             study.add_trial(_imported(plan, values, record, name))
             imported += 1
@@ -296,7 +307,8 @@ def figures(study: Study, plan: Plan) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, axes in drawn.items():
         figure = np.ravel(axes)[0].figure
-        figure.set_size_inches(max(8.0, figure.get_size_inches()[0]), max(4.5, figure.get_size_inches()[1]))
+        width = 3 + 1.6 * len(plan.space.knobs) if key == "parallel" else figure.get_size_inches()[0]
+        figure.set_size_inches(max(8.0, width), max(4.5, figure.get_size_inches()[1]))
         if key == "history" and best is not None:
             np.ravel(axes)[0].set_title(
                 f"{study.study_name}: best full trial {best.number}, {name} {best.means[0]:.4f}"

@@ -15,6 +15,8 @@ from octofold.recipe import Recipe
 from octofold.space import Space, Values
 
 Slot = tuple[int, int]  # fold, seed
+NOT_BASE = {"member", "runtime", "folds", "seeds"}
+"""Recipe fields that do not make a study another one: names, how fast, and what the plan's slots say."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Plan:
         """Return plain JSON; equal for equal plans. How fast a recipe runs (`runtime`) is no part of it."""
         return {
             "space": self.space.describe(),
-            "base": self.space.base.model_dump(mode="json", exclude={"member", "runtime", "folds", "seeds"}),
+            "base": self.space.base.model_dump(mode="json", exclude=NOT_BASE),
             "slots": [list(slot) for slot in self.slots],
             "objectives": list(self.objectives),
             **self.context,
