@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from conftest import House, Outcome
 from octofold import promotion, registry, tracking, versions
 from octofold.errors import UserError
+from world import make_world
 
 HASH = "a" * 64
 
@@ -186,3 +188,23 @@ def test_a_cut_promotion(register: Callable[..., None], monkeypatch: pytest.Monk
         assert standing() == {"tiny.f0.s0": 2, "tiny.f1.s0": 2}
     rollback()
     assert everything() == before
+
+
+@pytest.mark.slow
+def test_the_command(house: House, monkeypatch: pytest.MonkeyPatch, refuses: Callable[[Outcome, str], None]) -> None:
+    manifest = make_world(house.home / "data" / "tiny", samples=12, folds=2)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{house.home / 'mlruns' / 'mlflow.db'}")
+    for fold in manifest.folds:
+        name = registry.slot_name("tiny", "m", fold, 0)
+        versions.ensure_registered(name, {})
+        tags = {"manifest_hash": manifest.hash, "classes_hash": "c", "recipe_hash": "r"}
+        tracking.client().create_model_version(name, "file:///nowhere", tags=tags)
+    refuses(house.run("promote", "--competition", "tiny", "--member", "m", "--folds", "0"), "--force with it")
+    done = house.run("promote", "--competition", "tiny", "--member", "m", "--stage", "production")
+    assert done.result["moved"] == [{"name": f"tiny.m.f{fold}.s0", "version": 1, "replaced": None} for fold in (0, 1)]
+    assert "tiny.m.f0.s0: version 1 replaces nothing" in done.err
+    assert tracking.get_run(done.result["run_id"]).params["cfg.stage"] == "production"
+    assert len(registry.resolve("tiny", "production")["m"]) == 2
+    back = house.run("promote", "--competition", "tiny", "--rollback").result
+    assert [move["replaced"] for move in back["moved"]] == [1, 1]
+    assert registry.resolve("tiny", "production") == {}
