@@ -102,7 +102,7 @@ def test_a_spoiled_description_is_refused(tmp_path: Path, text: str) -> None:
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_fuzz_never_a_traceback_never_a_silent_change(tmp_path: Path, data: st.DataObject) -> None:
     """Cut, insert, replace anywhere in the CSV or its description: the same manifest, or a refusal."""
     one = data.draw(st.sampled_from([make(), make_points()]))

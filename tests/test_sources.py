@@ -215,7 +215,7 @@ def test_sample_submission_sets_names_order_and_style(tmp_path: Path) -> None:
 
 
 @given(st.text(alphabet="image,label\n\"';\t01.png\0 \r#é", max_size=120))
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_fuzzed_tables_are_read_whole_or_refused(tmp_path: Path, text: str) -> None:
     try:
         table = sources.read_table(csv(tmp_path / "t.csv", "image,label\n" + text))
@@ -242,7 +242,7 @@ SAMPLE = "id,0,1\na,0.5,0.5\nd/b,0,1\n"
 
 
 @given(st.sampled_from([LANDMARKS, SAMPLE]), st.data())
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_fuzzed_landmarks_and_samples_are_right_or_refused(tmp_path: Path, text: str, data: st.DataObject) -> None:
     """Cut, insert, replace anywhere: every image named exists, every number is a number, or a refusal."""
     folder = tmp_path / "p"

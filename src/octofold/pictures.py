@@ -124,10 +124,10 @@ def _groups(prepared: Any, paths: Sequence[Path], captions: Sequence[str]) -> It
     biggest = {name: np.flatnonzero(group == name)[:PER_CLASS].tolist() for name in sizes[sizes > 1].index[:8]}
     if biggest:
         page = {
-            _caption(f"{sizes[name]} images\n{captions[rows[0]].splitlines()[0][:20]}"): thumbnails(
+            _caption(f"{rank}: {sizes[name]} images\n{captions[rows[0]].splitlines()[0][:20]}"): thumbnails(
                 [paths[row] for row in rows]
             )
-            for name, rows in biggest.items()
+            for rank, (name, rows) in enumerate(biggest.items(), start=1)
         }
         yield "groups-biggest", plots.strips(page, "kept in one fold: the biggest groups")
 
