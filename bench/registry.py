@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -34,9 +35,10 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=1000)
     parser.add_argument("--versions", type=int, default=5)
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the servers are stopped on the way out
     logging.disable(logging.INFO)
     folder = Path(tempfile.mkdtemp(prefix="octofold-bench-"))
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, tuple[float, float]]] = {}
     try:
         (folder / "mlruns").mkdir()
         store = f"sqlite:///{folder / 'mlruns' / 'mlflow.db'}"
@@ -52,13 +54,14 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     names = list(next(iter(rows.values())))
-    print(f"{'seconds':34}" + "".join(f"{store:>12}" for store in rows))
+    print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; seconds (of which CPU of this process)")
+    print(f"{'':34}" + "".join(f"{store:>18}" for store in rows))
     for name in names:
-        print(f"{name:34}" + "".join(f"{row[name]:12.4f}" for row in rows.values()))
+        print(f"{name:34}" + "".join(f"{row[name][0]:10.3f} ({row[name][1]:.3f})" for row in rows.values()))
     print(json.dumps(rows))
 
 
-def measure(store: str, fill_store: str | None, slots: int, versions_each: int) -> dict[str, float]:
+def measure(store: str, fill_store: str | None, slots: int, versions_each: int) -> dict[str, tuple[float, float]]:
     """Time the registry paths on one store."""
     os.environ["MLFLOW_TRACKING_URI"] = store
     from octofold import promotion, registry, tracking, versions
@@ -72,7 +75,7 @@ def measure(store: str, fill_store: str | None, slots: int, versions_each: int) 
     names = [slot.name for slot in found[member]]
     api = tracking.client()
     run = api.create_run(tracking.experiment("big")).info.run_id
-    made: dict[str, float] = {
+    made = {
         "resolve a stage (blend, infer)": timed(lambda: registry.resolve("big", "production")),
         "resolve one member of it": timed(lambda: registry.resolve("big", "production", [member])),
         "promote: list a member's versions": timed(lambda: registry.slots("big", [member])),
@@ -101,14 +104,15 @@ def _run(tracking: Any) -> None:
         pass
 
 
-def timed(act: Callable[[], object], repeats: int = 5) -> float:
-    """Median seconds of a call."""
-    took = []
+def timed(act: Callable[[], object], repeats: int = 5) -> tuple[float, float]:
+    """Median seconds of a call, and the CPU seconds of this process in it."""
+    took, worked = [], []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         act()
         took.append(time.perf_counter() - start)
-    return statistics.median(took)
+        worked.append(time.process_time() - busy)
+    return statistics.median(took), statistics.median(worked)
 
 
 def fill(store: str, slots: int, versions_each: int) -> None:
