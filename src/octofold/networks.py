@@ -114,9 +114,10 @@ class Heatmap(nn.Module):
     def __init__(self, channels: int, outputs: int, width: int) -> None:
         super().__init__()
         self.channels = channels
-        layers: list[nn.Module] = []
-        for inner in (channels, width):
-            layers += [nn.ConvTranspose2d(inner, width, 4, stride=2, padding=1, bias=False)]
+        layers: list[nn.Module] = [nn.Conv2d(channels, width, 1, bias=False)]
+        layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        for _ in range(2):
+            layers += [nn.ConvTranspose2d(width, width, 4, stride=2, padding=1, bias=False)]
             layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
         self.finer = nn.Sequential(*layers)
         self.maps = nn.Conv2d(width, outputs // 2, 1)
