@@ -32,6 +32,7 @@ space:
 warm_start: [{optim.lr: 0.01}]
 folds: [0, 1]
 trials: 4
+objectives: [score, inference_ms]
 confirm_seeds: 1
 sampler: tpe
 """
@@ -112,13 +113,16 @@ def test_the_recipe_is_ready_to_train_and_says_what_is_known(tuned: tuple[House,
     assert best.phases[0].name == "scratch"
     assert result["run_id"] in text
     assert "base recipe" in result["verdict"]
+    front = [config.build(Recipe, yaml.safe_load(Path(path).read_text()), path) for path in result["pareto"]]
+    assert 1 <= len(front) <= 4
     artifacts = house.home / "mlruns" / "artifacts" / "world" / result["run_id"] / "artifacts"
     pictures = {path.stem for path in (artifacts / "plots").glob("*.png")}
-    assert pictures >= {"history", "slice", "parallel", "timeline"}
+    assert pictures >= {"history", "slice", "parallel", "timeline", "pareto"}
     with (artifacts / "trials.csv").open() as file:
         table = list(csv.DictReader(file))
     assert [float(row["optim.lr"]) for row in table[:2]] == [Recipe().optim.lr, 0.01]  # the base recipe, then the known
     full = [float(row["score"]) for row in table if row["outcome"] == "full"]
+    assert all(float(row["inference_ms"]) > 0 for row in table)
     assert max(full) == pytest.approx(result["search/best"])
 
 
