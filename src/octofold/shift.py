@@ -26,7 +26,7 @@ SURENESS, AGREEMENT = 1.4, 1.3
 Measured where the truth was known: clusters and products of grocery15's training photos held out, digits turned,
 moved, blurred and made noisy, and synthetic competitions. A shift is never seen whole, so both are above 1.
 """
-BLINDNESS = 0.08
+BLINDNESS = 0.15
 """Probit units of accuracy that may be lost unseen for each standard deviation that test is apart from train."""
 
 
@@ -221,8 +221,8 @@ def foresee(
     apart = 0.0
     if distance is not None:
         apart = np.sqrt(2) * _level(max(0.5, distance.auc - 2 * distance.auc_error))
-    blind_down = np.hypot(min(0.03 + 0.3 * abs(fall), 0.35), BLINDNESS * apart)
-    blind_up = min(0.03 + 0.3 * abs(fall), 0.3)
+    blind_down = np.hypot(min(0.06 + 0.4 * abs(fall), 0.4), BLINDNESS * apart)
+    blind_up = min(0.06 + 0.4 * abs(fall), 0.3)
     down, up = (1.96 * float(np.sqrt(own**2 + finite**2 + blind**2)) for blind in (blind_down, blind_up))
     parts = {"oof": accuracy, "temperature": 1 / power, "confidence": float(sure_test.mean()), "slope": slope}
     parts["atc"] = float(np.mean([atc(oof, target, part) for part in test_by_fold]))
