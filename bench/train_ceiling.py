@@ -4,7 +4,8 @@
 
 A loop step loads real photos from the cache, augments them (`no_color`), and takes the optimiser step. The ceiling is
 the same optimiser step, same precision and layout, on the batch that is already in memory. The two alternate step by
-step, so a busy machine slows both; the ratio of their medians is what counts. Tracking is measured on its own: what
+step, so a busy machine slows both; the ratio of their medians is what counts. On a machine shared with others, --cpu
+counts the processor time of one thread instead of seconds. Tracking is measured on its own: what
 one epoch's `log_metrics` costs against an epoch of the loop.
 """
 
@@ -13,6 +14,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +26,9 @@ from octofold.recipe import Recipe
 MODELS = ["resnet18", "tf_efficientnet_lite0", "convnext_atto", "vit_tiny_patch16_224"]
 
 
-def measure(table: manifest.Manifest, name: str, size: int, steps: int, batch: int) -> dict[str, object]:
+def measure(
+    table: manifest.Manifest, name: str, size: int, steps: int, batch: int, clock: Callable[[], float]
+) -> dict[str, object]:
     """Return the ratio of ceiling to loop, and images per second, of one network."""
     model = {"name": name, "input_size": size}
     recipe = Recipe.model_validate({"model": model, "augment": {"preset": "no_color"}, "batch_size": batch})
@@ -35,13 +39,13 @@ def measure(table: manifest.Manifest, name: str, size: int, steps: int, batch: i
         training._update(slot, part, next(stream))
         loop, bare = [], []
         for _ in range(steps):
-            begun = time.perf_counter()
+            begun = clock()
             micro = next(stream)
             training._update(slot, part, micro)
-            middle = time.perf_counter()
+            middle = clock()
             training._update(slot, part, micro)
             loop.append(middle - begun)
-            bare.append(time.perf_counter() - middle)
+            bare.append(clock() - middle)
     return {
         "model": name,
         "size": size,
@@ -73,12 +77,16 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=[128, 224])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--cpu", action="store_true")
     flags = parser.parse_args()
+    clock = time.process_time if flags.cpu else time.perf_counter
+    if flags.cpu:
+        torch.set_num_threads(1)
     table = manifest.read(flags.manifest)
     torch.manual_seed(0)
     for size in flags.sizes:
         for name in flags.models:
-            found = measure(table, name, size, flags.steps, flags.batch)
+            found = measure(table, name, size, flags.steps, flags.batch, clock)
             print(json.dumps(found), flush=True)
     epoch_s = float(str(found["steps_per_epoch"])) * flags.batch / float(str(found["images_per_s"]))
     print(json.dumps({"tracking": tracking_share(epoch_s)}))
