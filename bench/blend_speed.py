@@ -43,7 +43,7 @@ def make(folder: Path, rows: int, classes: int, members: int) -> None:
 
 def fit(folder: Path, method: str) -> dict[str, Any]:
     """Time one method and measure its score on every hundredth row."""
-    from octofold import blending
+    from octofold.blend import blending
     from octofold.metrics import brier
 
     members, target = np.load(folder / "members.npy", mmap_mode="r"), np.load(folder / "target.npy")

@@ -19,8 +19,8 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 
-from octofold import blending, shakeup, shift, verdict
-from octofold.combining import Blend
+from octofold.blend import blending, shakeup, shift, verdict
+from octofold.infer.combining import Blend
 from octofold.metrics import METRICS
 
 KINDS = ("exchangeable", "groups", "shift")

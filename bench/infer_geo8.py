@@ -23,9 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from octofold import ensemble, inference, looks, models, recipe
-from octofold.images import fit, open_bytes, square
-from octofold.inference import How
+from octofold import recipe
+from octofold.data.images import fit, open_bytes, square
+from octofold.infer import ensemble, inference, looks
+from octofold.infer.inference import How
+from octofold.nets import models
 
 
 def write_checkpoint(folder: Path, name: str, size: int) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from octofold import suspicion
+from octofold.clean import suspicion
 
 KINDS = (("random", 0.05), ("random", 0.10), ("alike", 0.05), ("alike", 0.10), ("product", 0.05))
 
@@ -31,7 +31,9 @@ def features_of(data: Path, cache: Path | None) -> tuple[np.ndarray, pd.DataFram
             return kept["x"], table
     import torch
 
-    from octofold import images, models, recipe
+    from octofold import recipe
+    from octofold.data import images
+    from octofold.nets import models
 
     net = models.build(recipe.Model(name="tf_efficientnet_lite0", weights="package"), 2).eval()
     spec = images.PixelSpec(224)

@@ -64,7 +64,7 @@ def main() -> None:
 def measure(store: str, fill_store: str | None, slots: int, versions_each: int) -> dict[str, tuple[float, float]]:
     """Time the registry paths on one store."""
     os.environ["MLFLOW_TRACKING_URI"] = store
-    from octofold import promotion, registry, tracking, versions
+    from octofold.track import promotion, registry, tracking, versions
 
     tracking.client()
     if fill_store is not None:
@@ -93,7 +93,7 @@ def measure(store: str, fill_store: str | None, slots: int, versions_each: int) 
 def _log(run: str) -> None:
     from mlflow.entities import Metric
 
-    from octofold import tracking
+    from octofold.track import tracking
 
     now = int(time.time() * 1000)
     tracking.client().log_batch(run, metrics=[Metric(f"m{i}", 0.5, now, now % 1000) for i in range(8)])

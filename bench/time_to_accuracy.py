@@ -30,7 +30,8 @@ Curve = list[tuple[float, float]]  # (seconds since the start, validation accura
 
 def network() -> Any:
     """The backbone with its packaged weights and a new head, as a plain timm user would load it."""
-    from octofold import models, recipe
+    from octofold import recipe
+    from octofold.nets import models
 
     return models.build(recipe.Model(name="tf_efficientnet_lite0", weights="package", input_size=SIZE), 15)
 
@@ -109,8 +110,10 @@ def ours(flags: argparse.Namespace) -> Curve:
     """`training.train_slot` with the fast recipe, with no feature and no calibration known before."""
     import yaml
 
-    from octofold import files, manifest, training
+    from octofold import files
+    from octofold.data import manifest
     from octofold.recipe import Recipe
+    from octofold.train import training
 
     table = manifest.read(flags.manifest)
     settings = yaml.safe_load((Path(__file__).parents[1] / "configs/grocery/fast.yaml").read_text())
@@ -132,7 +135,7 @@ def ours(flags: argparse.Namespace) -> Curve:
 
 def split_folders(manifest_file: Path, folder: Path) -> None:
     """Lay fold 0 and the rest out as class folders."""
-    from octofold import manifest
+    from octofold.data import manifest
 
     table = manifest.read(manifest_file)
     for path, label, fold in zip(table.paths, table.table["label"], table.fold, strict=True):

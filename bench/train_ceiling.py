@@ -19,9 +19,11 @@ from pathlib import Path
 
 import torch
 
-from octofold import job, manifest, tracking, training
 from octofold.compute import device_setup
+from octofold.data import manifest
 from octofold.recipe import Recipe
+from octofold.track import tracking
+from octofold.train import job, training
 
 MODELS = ["resnet18", "tf_efficientnet_lite0", "convnext_atto", "vit_tiny_patch16_224"]
 

@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from octofold import images, job, training
 from octofold.compute import device_setup
+from octofold.data import images
+from octofold.data.manifest import Manifest
 from octofold.files import sha256_json
-from octofold.manifest import Manifest
 from octofold.recipe import Recipe
+from octofold.train import job, training
 
 
 def memory() -> dict[str, float]:

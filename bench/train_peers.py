@@ -165,9 +165,10 @@ def lightning(flags: argparse.Namespace) -> dict[str, float]:
 
 def ours(flags: argparse.Namespace) -> dict[str, Any]:
     """The loop of `training.train_slot`, nothing asked for."""
-    from octofold import job, manifest, training
     from octofold.compute import device_setup
+    from octofold.data import manifest
     from octofold.recipe import Recipe
+    from octofold.train import job, training
 
     model = {"name": flags.model, "input_size": flags.size}
     recipe = Recipe.model_validate({"model": model, "augment": {"preset": "no_color"}, "batch_size": flags.batch})
@@ -189,7 +190,7 @@ def ours(flags: argparse.Namespace) -> dict[str, Any]:
 
 def class_folders(manifest_file: Path, folder: Path) -> None:
     """Lay the photos out as class folders, what every peer reads."""
-    from octofold import manifest
+    from octofold.data import manifest
 
     table = manifest.read(manifest_file)
     for path, label in zip(table.paths, table.table["label"], strict=True):

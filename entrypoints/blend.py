@@ -14,8 +14,9 @@ from octofold.config import run_main
 
 def run(config: Blend) -> dict[str, Any]:
     """Check the names, open the run, assemble."""
-    from octofold import assembly, blending, tracking
+    from octofold.blend import assembly, blending
     from octofold.errors import known
+    from octofold.track import tracking
     from octofold.tta import VIEWS
 
     known("blend method", config.method, blending.METHODS)

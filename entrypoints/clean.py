@@ -14,9 +14,11 @@ from octofold.config import log, run_main
 
 def run(config: Clean) -> dict[str, object]:
     """Gather OOF, rank, write the queue, serve the page until it is closed."""
-    from octofold import cleaning, desk, manifest, review, tracking, vectors
+    from octofold.clean import cleaning, desk, review, vectors
+    from octofold.data import manifest
+    from octofold.data.journal import Journal
     from octofold.files import ROOT
-    from octofold.journal import Journal
+    from octofold.track import tracking
 
     table = manifest.read(config.manifest)
     journal = Journal(config.journal or config.manifest.with_name("decisions.jsonl"))

@@ -11,8 +11,9 @@ from octofold.config import log, run_main
 
 def run(config: Compare) -> dict[str, Any]:
     """Load both ledgers, find the differences, write them."""
-    from octofold import ledger, tracking
+    from octofold.blend import ledger
     from octofold.files import ROOT, atomic
+    from octofold.track import tracking
 
     new, old = ledger.load(config.submission), ledger.load(config.other)
     changed = ledger.differences(old, new)

@@ -14,8 +14,10 @@ from octofold.config import run_main
 
 def run(config: Evaluate) -> dict[str, object]:
     """Gather the predictions, score, write, log."""
-    from octofold import evaluating, manifest, tracking
+    from octofold.data import manifest
     from octofold.files import ROOT
+    from octofold.infer import evaluating
+    from octofold.track import tracking
 
     truth = manifest.read(config.manifest)
     found = evaluating.evaluate(truth, _predictions(config))
@@ -33,8 +35,8 @@ def run(config: Evaluate) -> dict[str, object]:
 
 def _predictions(config: Evaluate) -> Any:
     """What the flags name, as one Predictions."""
-    from octofold import evaluating
     from octofold.errors import UserError
+    from octofold.infer import evaluating
     from octofold.predictions import Predictions
 
     named = [bool(config.predictions), bool(config.run), bool(config.competition and config.member)]
@@ -48,7 +50,7 @@ def _predictions(config: Evaluate) -> Any:
         return Predictions.load(config.predictions)
     if config.run:
         return _oof_of_run(config.run, config.tta)
-    from octofold import registry
+    from octofold.track import registry
 
     slots = registry.resolve(config.competition, config.stage, [config.member])[config.member]
     runs = {slot.name: slot.run_id for slot in slots}
@@ -57,7 +59,8 @@ def _predictions(config: Evaluate) -> Any:
 
 def _oof_of_run(run_id: str, views: str) -> Any:
     """The OOF of a slot's or a blend's run, or of the slots of a member's."""
-    from octofold import evaluating, tracking
+    from octofold.infer import evaluating
+    from octofold.track import tracking
 
     asked = tracking.get_run(run_id)
     if tracking.list_artifacts(asked.id, "oof"):
@@ -71,9 +74,9 @@ def _oof_of_run(run_id: str, views: str) -> Any:
 
 def _stored(runs: list[str], views: str, where: str) -> list[Any]:
     """The OOF files of these runs in one set of views: the one asked for, or the largest that all have."""
-    from octofold import tracking
     from octofold.errors import UserError, preview
     from octofold.predictions import Predictions
+    from octofold.track import tracking
     from octofold.tta import NESTED, VIEWS
 
     order = ["geo8_original", *NESTED]  # the last one that is there is chosen

@@ -11,8 +11,10 @@ from octofold.config import log, run_main
 
 def run(config: Explain) -> dict[str, Any]:
     """Find the row, ask the models view by view, draw."""
-    from octofold import explaining, ledger, plots, tracking
+    from octofold import plots
+    from octofold.blend import explaining, ledger
     from octofold.files import ROOT
+    from octofold.track import tracking
 
     book = ledger.load(config.submission)
     row = book.row(config.image)

@@ -10,7 +10,7 @@ from octofold.config import run_main
 
 def run(config: Export) -> dict[str, object]:
     """Write the bundle."""
-    from octofold import bundles
+    from octofold.train import bundles
 
     return bundles.export(config)
 

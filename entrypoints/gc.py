@@ -14,7 +14,7 @@ from octofold.config import log, run_main
 
 def run(config: Gc) -> dict[str, object]:
     """List, ask, remove."""
-    from octofold import storage
+    from octofold.track import storage
 
     found = storage.rubbish(config.work_days)
     for item in found:

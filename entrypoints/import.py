@@ -14,7 +14,7 @@ from octofold.config import run_main
 
 def run(config: Import) -> dict[str, object]:
     """Check, register."""
-    from octofold import bundles
+    from octofold.train import bundles
 
     return bundles.take_in(config)
 

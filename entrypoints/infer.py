@@ -13,9 +13,10 @@ from octofold.config import log, run_main
 
 def run(config: Infer) -> dict[str, object]:
     """Find the models, predict, write, log."""
-    from octofold import crews, inference, looks, results, shards, tracking
     from octofold.errors import known
     from octofold.files import ROOT
+    from octofold.infer import crews, inference, looks, results, shards
+    from octofold.track import tracking
     from octofold.tta import VIEWS
 
     known("views", config.tta or "geo8", VIEWS)

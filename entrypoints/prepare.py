@@ -17,7 +17,8 @@ from octofold.config import log, run_main
 
 def run(config: Prepare) -> dict[str, object]:
     """Read, look, fold, write, log."""
-    from octofold import importing, pictures, preparing, tracking
+    from octofold.prepare import importing, pictures, preparing
+    from octofold.track import tracking
 
     preparing.check(config)
     with tracking.run("prepare", config, config.competition, name=f"prepare {config.competition}") as run:

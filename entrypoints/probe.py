@@ -15,7 +15,7 @@ from octofold.config import run_main
 
 def run(config: Probe) -> dict[str, object]:
     """Train the arms, compare them, say whether they differ."""
-    from octofold import probing
+    from octofold.tune import probing
 
     return probing.probe(config)
 

@@ -13,9 +13,10 @@ from octofold.config import log, run_main
 
 def run(config: Promote) -> dict[str, object]:
     """Open the run that keeps the audit trail, move, say what moved."""
-    from octofold import manifest, promotion, tracking
+    from octofold.data import manifest
     from octofold.errors import UserError
     from octofold.files import ROOT
+    from octofold.track import promotion, tracking
 
     file = ROOT / "data" / config.competition / "manifest.csv"
     at_hand = manifest.read(file) if file.exists() else None

@@ -12,7 +12,7 @@ from octofold.config import log, run_main
 
 def run(config: Relocate) -> dict[str, object]:
     """Rewrite, and say how much."""
-    from octofold import storage
+    from octofold.track import storage
 
     changed = storage.relocate(config.old, config.dry)
     for place, count in changed.items():

@@ -12,7 +12,8 @@ from octofold.config import run_main
 
 def run(config: Report) -> dict[str, object]:
     """Open the run and make the page."""
-    from octofold import report, tracking
+    from octofold.reports import report
+    from octofold.track import tracking
 
     with tracking.run("report", config, config.competition) as run:
         return report.write(config, run)

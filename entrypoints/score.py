@@ -16,8 +16,10 @@ def run(config: Score) -> dict[str, Any]:
     """Record, then report."""
     import dataclasses
 
-    from octofold import boards, ledger, scores, tracking
+    from octofold.blend import ledger
     from octofold.errors import UserError
+    from octofold.reports import boards, scores
+    from octofold.track import tracking
 
     competition = config.competition
     if config.submission is not None:

@@ -14,7 +14,7 @@ from octofold.config import run_main
 
 def run(config: Train) -> dict[str, object]:
     """Train every slot, register it, score the member."""
-    from octofold import members
+    from octofold.train import members
 
     return members.train(config)
 

@@ -14,7 +14,7 @@ from octofold.config import run_main
 
 def run(config: Tune) -> dict[str, object]:
     """Search, confirm on fresh seeds, write the recipe."""
-    from octofold import sweep
+    from octofold.tune import sweep
 
     return sweep.tune(config)
 

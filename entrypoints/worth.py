@@ -12,7 +12,7 @@ from octofold.config import run_main
 
 def run(config: Worth) -> dict[str, object]:
     """Train both, compare them, say whether they differ."""
-    from octofold import worth
+    from octofold.tune import worth
 
     return worth.worth(config)
 

@@ -79,7 +79,7 @@ class House:
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ready and empty MLflow database to copy, because making one takes seconds."""
-    from octofold import tracking
+    from octofold.track import tracking
 
     file = tmp_path_factory.mktemp("store") / "mlruns" / "mlflow.db"
     with pytest.MonkeyPatch.context() as patch:
@@ -122,7 +122,7 @@ def refuses() -> Callable[[Outcome, str], None]:
 @pytest.fixture
 def mlruns(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The `mlruns/` of a fresh house, as the store of this process."""
-    from octofold import tracking
+    from octofold.track import tracking
 
     folder = furnish(tmp_path / "a house", empty_store).home / "mlruns"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")

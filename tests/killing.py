@@ -24,8 +24,9 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import world  # noqa: E402
-from octofold import checkpoint, config, members, plots  # noqa: E402
+from octofold import config, plots  # noqa: E402
 from octofold.commands import Train  # noqa: E402
+from octofold.train import checkpoint, members  # noqa: E402
 
 BASE = {
     "model": {"name": "small_cnn", "input_size": 16, "drop_rate": 0.2},

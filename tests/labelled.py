@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from octofold.clean.vectors import Embeddings
+from octofold.data.manifest import Manifest
 from octofold.files import sha256_file
-from octofold.manifest import Manifest
 from octofold.predictions import Predictions
-from octofold.vectors import Embeddings
 
 CLASSES = ("apple", "<b>kiwi</b>", "лимон 🍋")
 COLOURS = ((200, 30, 30), (60, 160, 40), (230, 210, 40))

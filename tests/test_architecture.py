@@ -8,70 +8,22 @@ import pytest
 from conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "src" / "octofold"
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem != "__init__")
 
-FOUNDATION = {"errors", "files", "config", "store", "outage", "provenance", "spool", "workers"}
-LEAVES = {"recipe", "commands", "metrics", "tta", "tracking", "compute", "plots", "profiling"}
-PARTS = {
-    "validation",
-    "distill",
-    "calibration",
-    "job",
-    "interrupt",
-    "features",
-    "checkpoint",
-    "batches",
-    "versions",
-    "registry",
-    "sources",
-    "archives",
-    "hub",
-    "findings",
-    "lineage",
-    "grouping",
-    "embedding",
-    "kinship",
-    "checks",
-    "neighbours",
-    "manifest",
-    "images",
-    "folds",
-    "tasks",
-    "augment",
-    "models",
-    "harden",
-    "gallery",
-    "landmarks",
-    "networks",
-    "weights",
-    "optim",
-    "predictions",
-    "engine",
-    "space",
-    "studies",
-    "trials",
-    "journal",
-    "suspicion",
-    "evidence",
-    "combining",
-    "solvers",
-    "stacking",
-    "blending",
-    "estimate",
-    "shift",
-    "verdict",
-    "submission",
-    "ledger",
-    "shakeup",
-    "scores",
-    "chronicle",
-    "axes",
-    "page",
-    "advice",
-    "ensemble",
-    "looks",
+LOOKS_INTO = {  # a room, and the rooms it may import from besides the hall (the modules at the top of the package)
+    "hall": set(),
+    "track": set(),
+    "data": set(),
+    "nets": {"data"},
+    "infer": {"data", "nets", "track"},
+    "prepare": {"data", "nets", "blend"},  # `shift` tells how unlike the test images are
+    "train": {"data", "nets", "infer", "track"},
+    "blend": {"data", "nets", "infer", "track"},
+    "clean": {"data", "nets", "train", "track"},
+    "tune": {"data", "nets", "train", "blend", "track"},
+    "reports": {"data", "blend", "track"},
 }
-HOME = {  # a heavy dependency and the one file that may say its name
+HOME = {  # a heavy dependency and the one file that may say its name (beside the code that MLflow itself runs)
     "mlflow": {"tracking", "served", "serving"},
     "optuna": {"studies", "tuning"},
     "accelerate": {"compute"},
@@ -82,45 +34,14 @@ HOME = {  # a heavy dependency and the one file that may say its name
     "flask": {"review"},
     "matplotlib": {"plots"},
 }
-BETWEEN_WORKFLOWS = {  # the exceptions, each because one writes what the other is for
-    ("training", "outcome"),  # the loop, and what it leaves behind
-    ("outcome", "inference"),
-    ("probing", "members"),  # an arm of a probe is a member,
-    ("probing", "estimate"),  # and its gain a paired resample
-    ("probing", "registry"),
-    ("probing", "training"),
-    ("members", "training"),  # a member is trained slots, tracked
-    ("bundles", "serving"),  # an imported slot is packed as a trained one is
-    ("bundles", "training"),
-    ("worth", "probing"),  # old and new manifest are the arms of a probe
-    ("worth", "training"),
-    ("review", "cleaning"),
-    ("review", "desk"),  # the page without the web framework
-    ("desk", "cleaning"),
-    ("cleaning", "vectors"),
-    ("vectors", "features"),
-    ("vectors", "embedding"),
-    ("report", "boards"),  # the page shows what the boards said
-    ("sweep", "tuning"),  # a sweep is a study
-    ("sweep", "training"),  # over trainings
-    ("lineup", "inference"),  # a lineup is what a stage's models say, so it has to ask them
-    ("assembly", "lineup"),  # the blend's workflow, from a stage
-    ("assembly", "inference"),
-    ("assembly", "serving"),  # to one registered model
-    ("assembly", "succession"),
-    ("serving", "inference"),
-    ("served", "inference"),
-    ("succession", "estimate"),
-    ("members", "serving"),
-    ("serving", "registry"),
-    ("shards", "inference"),  # a big job is inference cut into parts,
-    ("results", "inference"),  # and what it leaves behind
-    ("results", "shards"),
-    ("crews", "shards"),  # parts of a job side by side
-    ("crews", "inference"),
-    ("crews", "looks"),
-    ("members", "promotion"),  # train --stage
-}
+
+
+def room(path: Path) -> str:
+    """The room a module is in."""
+    return path.parent.name if path.parent != PACKAGE else "hall"
+
+
+PLACE = {path.stem: room(path) for path in FILES}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -131,54 +52,58 @@ def imports_of(path: Path) -> set[str]:
             found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
-            found |= {f"{node.module}.{name.name}" for name in node.names if node.module == "octofold"}
+            found |= {f"{node.module}.{name.name}" for name in node.names if node.module.startswith("octofold")}
     return found
 
 
-def rooms_of(path: Path) -> set[str]:
+def neighbours_of(path: Path) -> set[str]:
     """The modules of ours that a file imports."""
-    names = {name.split(".")[1] for name in imports_of(path) if name.startswith("octofold.")}
-    return names & set(MODULES)
+    found = set()
+    for name in imports_of(path):
+        parts = name.split(".")
+        if parts[0] == "octofold" and len(parts) > 1:
+            found |= {parts[2]} if parts[1] in LOOKS_INTO and len(parts) > 2 else {parts[1]}
+    return found & set(PLACE)
 
 
-def floor(module: str) -> int:
-    """Height of a module: an import must go to a lower floor (or, among parts, sideways without a cycle)."""
-    return 0 if module in FOUNDATION else 1 if module in LEAVES else 2 if module in PARTS else 3
+def test_names_are_unique_and_rooms_are_known() -> None:
+    assert len(PLACE) == len(FILES), "two modules of one name"
+    assert set(PLACE.values()) <= set(LOOKS_INTO)
+    assert all((PACKAGE / name / "__init__.py").read_text().startswith('"""') for name in LOOKS_INTO if name != "hall")
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_arrows_point_down(module: str) -> None:
-    for other in rooms_of(PACKAGE / f"{module}.py"):
-        if floor(module) == floor(other) == 3:
-            assert (module, other) in BETWEEN_WORKFLOWS, f"{module} -> {other}: workflows do not import each other"
-        elif (module, other) == ("commands", "recipe"):
-            continue  # train's flags are a recipe's fields
-        elif floor(module) != 2 and floor(module) != 0:
-            assert floor(other) < floor(module), f"{module} -> {other} does not point down"
-        else:
-            assert floor(other) <= floor(module), f"{module} -> {other} points up"
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_arrows_point_down(path: Path) -> None:
+    for other in neighbours_of(path) - {path.stem}:
+        allowed = LOOKS_INTO[room(path)] | {room(path), "hall"}
+        assert PLACE[other] in allowed, f"{room(path)}/{path.stem} looks into {PLACE[other]}/{other}"
+
+
+def test_rooms_have_an_order() -> None:
+    done: set[str] = set()
+    while free := {name for name, others in LOOKS_INTO.items() if name not in done and others <= done}:
+        done |= free
+    assert done == set(LOOKS_INTO), f"a cycle among {sorted(set(LOOKS_INTO) - done)}"
 
 
 def test_no_cycles() -> None:
-    graph = {module: rooms_of(PACKAGE / f"{module}.py") - {module} for module in MODULES}
-    while leaves := [module for module, others in graph.items() if not others]:
-        for leaf in leaves:
-            del graph[leaf]
-        graph = {module: others - set(leaves) for module, others in graph.items()}
+    graph = {path.stem: neighbours_of(path) - {path.stem} for path in FILES}
+    while leaves := {module for module, others in graph.items() if not others}:
+        graph = {module: others - leaves for module, others in graph.items() if module not in leaves}
     assert not graph, f"a cycle among {sorted(graph)}"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_heavy_dependencies_live_in_one_file(module: str) -> None:
-    for name in imports_of(PACKAGE / f"{module}.py"):
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_heavy_dependencies_live_in_one_file(path: Path) -> None:
+    for name in imports_of(path):
         top = name.split(".")[0]
-        assert module in HOME.get(top, {module}), f"{module} imports {top}, which belongs to {HOME[top]}"
+        assert path.stem in HOME.get(top, {path.stem}), f"{path.stem} imports {top}, which belongs to {HOME[top]}"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_rooms_are_small(module: str) -> None:
-    lines = (PACKAGE / f"{module}.py").read_text().count("\n")
-    assert lines <= 400, f"{module} has {lines} lines: move a wall"
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_files_are_small(path: Path) -> None:
+    lines = path.read_text().count("\n")
+    assert lines <= 400, f"{path.stem} has {lines} lines: move a wall"
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "entrypoints").glob("*.py")), ids=lambda path: path.stem)
@@ -192,4 +117,4 @@ def test_entry_points_are_light_to_import(path: Path) -> None:
 
 
 def test_no_rag_bag() -> None:
-    assert not {"utils", "common", "helpers", "base", "misc"} & set(MODULES)
+    assert not {"utils", "common", "helpers", "base", "misc"} & (set(PLACE) | set(LOOKS_INTO))

@@ -22,9 +22,10 @@ import numpy as np, pandas as pd, torch
 from PIL import Image
 sys.path.insert(0, "{tests}")
 from world import make_world, CLASSES
-from octofold import recipe, registry, tracking, tta, versions
-from octofold.manifest import Manifest
-from octofold.models import ModelCard, build, write_model
+from octofold import recipe, tta
+from octofold.track import registry, tracking, versions
+from octofold.data.manifest import Manifest
+from octofold.nets.models import ModelCard, build, write_model
 from octofold.files import ROOT
 
 folder = ROOT / "data" / "tiny"
@@ -130,7 +131,7 @@ def test_the_run_holds_what_the_blend_is_made_of(blended: tuple[House, dict[str,
     house, result = blended
     text = f"""
 import json
-from octofold import tracking
+from octofold.track import tracking
 info = tracking.get_run("{result["run_id"]}")
 models = json.loads(tracking.download(info.id, "models.json").read_text())
 print(json.dumps([sorted(info.metrics), sorted(tracking.list_artifacts(info.id)), models, info.tags["method"]]))

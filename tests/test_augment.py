@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image as Photo
 
-from octofold import augment, gallery
+from octofold.data.manifest import Manifest
 from octofold.errors import UserError
-from octofold.manifest import Manifest
+from octofold.nets import augment, gallery
 from octofold.recipe import Augment, Model, Phase, Recipe
 
 SIZE = 96

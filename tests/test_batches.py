@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from octofold import images, recipe
-from octofold.batches import BLOCK, Batches, Features, MicroBatch, Order, Pixels, seed_of
+from octofold import recipe
+from octofold.data import images
+from octofold.train.batches import BLOCK, Batches, Features, MicroBatch, Order, Pixels, seed_of
 from world import make_world
 
 CPU = torch.device("cpu")

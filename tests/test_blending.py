@@ -8,9 +8,9 @@ import numpy.typing as npt
 import pytest
 from scipy.optimize import minimize
 
-from octofold import blending, solvers
-from octofold.combining import RULES, Blend
+from octofold.blend import blending, solvers
 from octofold.errors import UserError
+from octofold.infer.combining import RULES, Blend
 from octofold.metrics import METRICS, accuracy, brier, log_loss, point_mse
 
 Array = npt.NDArray[Any]

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from conftest import House
 from labelled import CLASSES, make_manifest, make_oof
-from octofold import bundles
+from octofold.data.manifest import Manifest
 from octofold.errors import UserError
 from octofold.files import sha256_file
-from octofold.manifest import Manifest
-from octofold.models import ModelCard, build, read_card, write_model
+from octofold.nets.models import ModelCard, build, read_card, write_model
 from octofold.recipe import Model, Recipe
+from octofold.train import bundles
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_any_list_is_read_or_refused(text: str) -> None:
 ROUND = """
 import sys
 from pathlib import Path
-from octofold import bundles
+from octofold.train import bundles
 from octofold.commands import Export, Import
 
 bundle, manifest, out = map(Path, sys.argv[1:])

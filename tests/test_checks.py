@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from octofold import checks, neighbours
+from octofold.prepare import checks, neighbours
 
 RNG = np.random.default_rng(0)
 

@@ -10,13 +10,13 @@ import pytest
 
 from conftest import House
 from labelled import CLASSES, make_embeddings, make_manifest, make_oof
-from octofold import cleaning
+from octofold.clean import cleaning
+from octofold.clean.evidence import KINDS
+from octofold.clean.vectors import embed
+from octofold.data.journal import Entry, Journal
+from octofold.data.manifest import Manifest
 from octofold.errors import UserError
-from octofold.evidence import KINDS
-from octofold.journal import Entry, Journal
-from octofold.manifest import Manifest
 from octofold.predictions import Predictions
-from octofold.vectors import embed
 
 WRONG = {4: 2, 9: 1, 20: 0}
 

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from octofold import compute, crews, looks, models, recipe, results, shards
+from octofold import compute, recipe
 from octofold.commands import Infer
 from octofold.errors import UserError
+from octofold.infer import crews, looks, results, shards
+from octofold.nets import models
 from world import CLASSES, make_world
 
 

@@ -7,11 +7,12 @@ import pandas as pd
 import pytest
 import torch
 
-from octofold import distill, tracking, training, versions
+from octofold.data.manifest import Manifest
 from octofold.errors import UserError
-from octofold.manifest import Manifest
 from octofold.predictions import Predictions
 from octofold.recipe import Distill, Recipe
+from octofold.track import tracking, versions
+from octofold.train import distill, training
 from test_inference import photos
 
 CLASSES = ("ant", "bee", "cow")
@@ -101,8 +102,8 @@ def test_the_blend_in_production_is_the_oof_of_its_run(mlruns: Path, tmp_path: P
 
 def test_a_student_follows_its_teacher_against_the_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its teacher calls every sample a cow; with share 1 the labels are not heard at all."""
-    monkeypatch.setattr("octofold.images.ROOT", tmp_path)
-    monkeypatch.setattr("octofold.calibration.ROOT", tmp_path, raising=False)
+    monkeypatch.setattr("octofold.data.images.ROOT", tmp_path)
+    monkeypatch.setattr("octofold.train.calibration.ROOT", tmp_path, raising=False)
     rows = manifest(tmp_path / "in")
     cow = np.tile(np.array([[0.02, 0.02, 0.96]], np.float32), (12, 1))
     said = Predictions(rows.sample_ids, cow, CLASSES, rows.hash, "blend", "w", "none", rows.fold)

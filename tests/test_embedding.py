@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from octofold import embedding
-from octofold.checks import look
+from octofold.nets import embedding
+from octofold.prepare.checks import look
 from test_checks import scene
 
 NAME = "efficientnet_lite0@160"
@@ -55,8 +55,8 @@ def test_each_image_is_embedded_once(tmp_path: Path) -> None:
 
 
 def test_unusable_weights_fall_back_to_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from octofold import models
     from octofold.errors import UserError
+    from octofold.nets import models
 
     def refuse(*_: object, **__: object) -> None:
         raise UserError("weights", expected="the package", got="none")

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from octofold import engine
 from octofold.errors import UserError
-from octofold.models import build
+from octofold.nets import engine
+from octofold.nets.models import build
 from octofold.recipe import Model
 
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="needs the openvino extra")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from octofold import estimate
+from octofold.blend import estimate
 from octofold.errors import UserError
 from octofold.metrics import METRICS
 from test_blending import members
@@ -26,7 +26,7 @@ def test_a_member_that_memorised_its_labels_is_not_trusted_by_the_cross_fitted_s
     rng = np.random.default_rng(0)
     probs = rng.dirichlet(np.ones(6), size=(12, 120)).astype(np.float32)
     target, fold = rng.integers(0, 6, 120), np.arange(120) % 4
-    from octofold import blending
+    from octofold.blend import blending
 
     apparent = ACCURACY.score(blending.fit("stack", probs, target, fold).apply(probs), target)
     honest = ACCURACY.score(estimate.cross_fit("stack", probs, target, fold, ACCURACY).values, target)

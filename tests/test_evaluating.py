@@ -11,11 +11,13 @@ import pytest
 from PIL import Image
 
 from conftest import REPOSITORY, House, Outcome
-from octofold import evaluating, metrics, tracking
+from octofold import metrics
 from octofold.commands import Evaluate
+from octofold.data.manifest import Manifest
 from octofold.errors import UserError
-from octofold.manifest import Manifest
+from octofold.infer import evaluating
 from octofold.predictions import Predictions
+from octofold.track import tracking
 
 CLASSES = ("ant", "bee", "cow")
 

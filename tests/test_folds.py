@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octofold import folds
 from octofold.errors import UserError
+from octofold.prepare import folds
 
 
 @given(

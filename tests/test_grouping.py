@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from octofold import folds, grouping, neighbours
+from octofold.prepare import folds, grouping, neighbours
 
 NO_PAIRS = np.zeros((0, 2), np.int64)
 

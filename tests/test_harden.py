@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from octofold.errors import UserError
-from octofold.harden import easy_rows, row_presets, wanted_rows
 from octofold.predictions import Predictions
 from octofold.recipe import Augment, Easy, Phase
+from octofold.train.harden import easy_rows, row_presets, wanted_rows
 
 CLASSES = ("apple", "kiwi", "pear")
 TARGET = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2])

@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from octofold.data.images import LONGEST, PixelCache, PixelSpec, find_images, load, open_cache, square
+from octofold.data.manifest import Manifest
 from octofold.errors import UserError
-from octofold.images import LONGEST, PixelCache, PixelSpec, find_images, load, open_cache, square
-from octofold.manifest import Manifest
 
 SPECS = [PixelSpec(32), PixelSpec(32, "squash"), PixelSpec(32, "pad"), PixelSpec(32, "crop", 0.8)]
 
@@ -200,7 +200,7 @@ def test_cache_serves_any_part_of_itself(tmp_path: Path) -> None:
 
 def test_interrupted_cache_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after some photos, and in the middle of a line: the next call decodes the rest, and only that."""
-    from octofold import images
+    from octofold.data import images
 
     manifest, spec = manifest_of(tmp_path / "photos", 6), PixelSpec(32)
     wanted = [load(path, spec)[0] for path in manifest.paths]

@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from octofold import archives, hub, importing, preparing, sources
 from octofold.commands import Prepare
 from octofold.errors import UserError
+from octofold.prepare import archives, hub, importing, preparing, sources
 from test_checks import scene
 from test_sources import csv, fill
 

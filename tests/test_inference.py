@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 
 from conftest import House, Outcome
-from octofold import ensemble, inference, looks, models, recipe, results, shards, tta
+from octofold import recipe, tta
+from octofold.data.images import PixelSpec, load, square
 from octofold.errors import UserError
-from octofold.images import PixelSpec, load, square
-from octofold.inference import How
+from octofold.infer import ensemble, inference, looks, results, shards
+from octofold.infer.inference import How
+from octofold.nets import models
 from octofold.predictions import Predictions
 
 CLASSES = ("red", "green", "blue")
@@ -258,7 +260,7 @@ def test_class_folders_are_safe_and_distinct(classes: list[str], expected: list[
 def test_predict_manifest_is_each_voice_on_its_own(crew: ensemble.Ensemble, tmp_path: Path) -> None:
     import pandas as pd
 
-    from octofold.manifest import Manifest
+    from octofold.data.manifest import Manifest
 
     paths = photos(tmp_path / "in")
     table = pd.DataFrame({"sample_id": [f"s{i}" for i in range(len(paths))], "path": [path.name for path in paths]})

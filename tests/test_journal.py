@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from octofold.data.journal import ACTIONS, Entry, Journal, parse, read, replay
 from octofold.errors import UserError
-from octofold.journal import ACTIONS, Entry, Journal, parse, read, replay
 
 CLASSES = ("apple", "kiwi", "лимон")
 

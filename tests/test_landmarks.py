@@ -7,10 +7,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from octofold import folds, landmarks, preparing, submission
+from octofold.blend import submission
 from octofold.commands import Prepare
 from octofold.errors import UserError
+from octofold.nets import landmarks
 from octofold.predictions import Predictions
+from octofold.prepare import folds, preparing
 
 NAMES = ("left_eye", "nose", "right_eye")
 

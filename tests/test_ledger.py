@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from octofold import ledger
+from octofold.blend import ledger
 from octofold.errors import UserError
 from test_blending import members
 from test_submission import NAMES, toy_set

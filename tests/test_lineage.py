@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from octofold import lineage, preparing
-from octofold import manifest as manifests
 from octofold.commands import Prepare
+from octofold.data import manifest as manifests
+from octofold.data.journal import Entry, Journal
+from octofold.data.manifest import Manifest
 from octofold.errors import UserError
-from octofold.journal import Entry, Journal
-from octofold.lineage import Fingerprints
-from octofold.manifest import Manifest
+from octofold.prepare import lineage, preparing
+from octofold.prepare.lineage import Fingerprints
 from test_checks import scene
 
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from octofold import manifest as manifests
+from octofold.data import manifest as manifests
+from octofold.data.manifest import Manifest
 from octofold.errors import UserError
-from octofold.manifest import Manifest
 
 
 def make(folder: Path = Path("/photos")) -> Manifest:

@@ -12,7 +12,7 @@ from world import make_world
 
 RUNS = """
 import json
-from octofold import tracking
+from octofold.track import tracking
 runs = tracking.find_runs("tiny")
 found = [{"id": run.id, "entry": run.tags["entry"], "status": run.status, "tags": run.tags} for run in runs]
 files = {run.id: sorted(tracking.list_artifacts(run.id)) for run in runs}

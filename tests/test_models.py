@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from octofold import models, networks, tta, weights
+from octofold import tta
 from octofold.errors import UserError
-from octofold.models import ModelCard, build, depths, read_model, write_model
+from octofold.nets import models, networks, weights
+from octofold.nets.models import ModelCard, build, depths, read_model, write_model
 from octofold.recipe import Model, Recipe
 
 

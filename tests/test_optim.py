@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from octofold import models, optim, recipe
+from octofold import recipe
+from octofold.nets import models
 from octofold.recipe import Phase
+from octofold.train import optim
 
 PHASES = [
     Phase(epochs=4, schedule="cosine", warmup_epochs=1, final_lr=0.1),

@@ -13,10 +13,13 @@ import torch
 from PIL import Image
 
 from conftest import REPOSITORY
-from octofold import augment, config, features, images, models, networks, optim, training
-from octofold.manifest import Manifest
-from octofold.optim import lr_at, parameter_groups
+from octofold import config
+from octofold.data import images
+from octofold.data.manifest import Manifest
+from octofold.nets import augment, models, networks
 from octofold.recipe import Phase, Recipe
+from octofold.train import features, optim, training
+from octofold.train.optim import lr_at, parameter_groups
 
 FOLDER = REPOSITORY / "configs" / "originals"
 NAMES = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.yaml"))

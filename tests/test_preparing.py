@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 
 from conftest import House
-from octofold import manifest as manifests
-from octofold import preparing
 from octofold.commands import Prepare
+from octofold.data import manifest as manifests
 from octofold.errors import UserError
+from octofold.prepare import preparing
 from test_checks import scene
 from test_sources import ODD_NAMES, csv
 

@@ -10,10 +10,10 @@ from PIL import Image
 
 from conftest import House
 from octofold import recipe
+from octofold.data.manifest import Manifest
 from octofold.errors import UserError
-from octofold.manifest import Manifest
 from octofold.predictions import Predictions
-from octofold.probing import arms, compare, summary
+from octofold.tune.probing import arms, compare, summary
 
 CLASSES = ("a", "b")
 

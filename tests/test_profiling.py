@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from octofold import profiling
 from octofold.errors import UserError
+from octofold.train import profiling
 
 
 def train(steps: int, tick: object) -> torch.nn.Module:

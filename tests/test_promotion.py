@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from conftest import House, Outcome
-from octofold import promotion, registry, tracking, versions
 from octofold.errors import UserError
+from octofold.track import promotion, registry, tracking, versions
 from world import make_world
 
 HASH = "a" * 64

@@ -7,7 +7,7 @@ import sys
 import psutil
 import pytest
 
-from octofold.provenance import git_tags, identity, is_orphan
+from octofold.track.provenance import git_tags, identity, is_orphan
 
 
 def test_this_process_lives() -> None:

@@ -18,8 +18,9 @@ import pytest
 
 import servers
 from conftest import House
-from octofold import compute, registry, tracking
+from octofold import compute
 from octofold.errors import UserError
+from octofold.track import registry, tracking
 from octofold.workers import Job
 from world import make_world
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from octofold import promotion, registry, tracking, versions
 from octofold.errors import UserError
 from octofold.files import sha256_file, write_json
 from octofold.predictions import Predictions
-from octofold.registry import Slot
+from octofold.track import promotion, registry, tracking, versions
+from octofold.track.registry import Slot
 
 Register = Callable[..., Slot]
 

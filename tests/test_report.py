@@ -9,13 +9,15 @@ import pandas as pd
 import pytest
 
 from labelled import CLASSES, make_manifest, make_oof
-from octofold import advice, axes, chronicle, page, predictions, registry, report, tracking, versions
+from octofold import predictions
 from octofold.commands import Report
+from octofold.data.manifest import Manifest
 from octofold.errors import UserError
 from octofold.files import sha256_file, write_json, write_text
-from octofold.manifest import Manifest
 from octofold.metrics import METRICS
 from octofold.predictions import Predictions
+from octofold.reports import advice, axes, chronicle, page, report
+from octofold.track import registry, tracking, versions
 
 SCORES = {
     "score/public": 0.91,

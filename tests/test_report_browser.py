@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from octofold import advice, chronicle, page, report
-from octofold.manifest import Manifest
+from octofold.data.manifest import Manifest
 from octofold.metrics import METRICS
 from octofold.predictions import Predictions
-from octofold.scores import Score
+from octofold.reports import advice, chronicle, page, report
+from octofold.reports.scores import Score
 
 pytestmark = [
     pytest.mark.browser,

@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from conftest import REPOSITORY
-from octofold import checkpoint, training
+from octofold.data.manifest import Manifest
 from octofold.errors import UserError
-from octofold.manifest import Manifest
 from octofold.recipe import Recipe
+from octofold.train import checkpoint, training
 from world import make_world
 
 LEFT_BEHIND = """
 import json
-from octofold import tracking
+from octofold.track import tracking
 api = tracking.client()
 runs = []
 for run in tracking.find_runs("tiny"):

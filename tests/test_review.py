@@ -19,12 +19,13 @@ from flask.testing import FlaskClient
 
 from conftest import REPOSITORY, House
 from labelled import CLASSES, make_manifest, make_oof
-from octofold import cleaning, journal
-from octofold.desk import Desk, progress
+from octofold.clean import cleaning
+from octofold.clean.desk import Desk, progress
+from octofold.clean.review import Server, make_app
+from octofold.data import journal
+from octofold.data.journal import Journal
+from octofold.data.manifest import Manifest
 from octofold.errors import UserError
-from octofold.journal import Journal
-from octofold.manifest import Manifest
-from octofold.review import Server, make_app
 
 TOKEN = "secret-token"
 WRONG = {4: 2, 9: 1, 20: 0}

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from labelled import CLASSES, make_embeddings, make_manifest, make_oof
-from octofold import cleaning, journal
-from octofold.desk import Desk
-from octofold.journal import Entry, Journal
-from octofold.manifest import Manifest
-from octofold.review import Server
+from octofold.clean import cleaning
+from octofold.clean.desk import Desk
+from octofold.clean.review import Server
+from octofold.data import journal
+from octofold.data.journal import Entry, Journal
+from octofold.data.manifest import Manifest
 
 pytestmark = [
     pytest.mark.browser,

@@ -11,9 +11,10 @@ import pytest
 
 import servers
 from conftest import REPOSITORY
-from octofold import registry, tracking, versions, workers
+from octofold import workers
 from octofold.errors import UserError
 from octofold.files import sha256_file, write_json
+from octofold.track import registry, tracking, versions
 from octofold.workers import Job
 
 pytestmark = [

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from octofold import scores
 from octofold.errors import UserError
+from octofold.reports import scores
 
 HEAD = "date,submission_file,public_score,private_score,category,notes\n"
 ORIGINAL_000 = [

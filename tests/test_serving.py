@@ -20,13 +20,16 @@ import pandas as pd
 import pytest
 
 from conftest import House
-from octofold import ensemble, inference, looks, metrics, registry, serving, succession, tracking, versions
-from octofold.combining import Blend
+from octofold import metrics
+from octofold.blend import succession
+from octofold.data.manifest import Manifest
 from octofold.errors import UserError
 from octofold.files import read_json
-from octofold.inference import How
-from octofold.manifest import Manifest
+from octofold.infer import ensemble, inference, looks, serving
+from octofold.infer.combining import Blend
+from octofold.infer.inference import How
 from octofold.predictions import Predictions
+from octofold.track import registry, tracking, versions
 from test_inference import CLASSES, checkpoint, photos
 
 

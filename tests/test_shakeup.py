@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from octofold import shakeup
+from octofold.blend import shakeup
 from octofold.metrics import METRICS
 from test_blending import members
 

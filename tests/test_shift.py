@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from octofold import shift
+from octofold.blend import shift
 from octofold.metrics import accuracy, macro_f1
 from test_blending import members
 

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from octofold import sources
 from octofold.errors import UserError
+from octofold.prepare import sources
 
 ODD_NAMES = [
     "a b.png", "груша.png", "🍏 зелёное.png", "d/e/f.png", "comma,quote\".png", "x" * 240 + ".png", "[1].png",

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from octofold import space
 from octofold.errors import UserError
 from octofold.recipe import Recipe
+from octofold.tune import space
 
 BASE = Recipe()
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from octofold.spool import Note, Spool
+from octofold.track.spool import Note, Spool
 
 
 def note(number: int) -> Note:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from octofold import storage, tracking, versions
 from octofold.errors import UserError
+from octofold.track import storage, tracking, versions
 
 
 def _use(monkeypatch: pytest.MonkeyPatch, mlruns: Path) -> None:

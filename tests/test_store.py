@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from octofold import store
 from octofold.errors import UserError, redact
 from octofold.files import ROOT
+from octofold.track import store
 
 
 @pytest.fixture(autouse=True)

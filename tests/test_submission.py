@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from octofold import submission
+from octofold.blend import submission
+from octofold.data.manifest import Manifest
 from octofold.errors import UserError
-from octofold.manifest import Manifest
 from octofold.predictions import Predictions
 
 NAMES = {"s1": ["b.jpg"], "s2": ["a.jpg", "copy of a.jpg"], "s3": ["c.jpg"]}

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from octofold import suspicion
+from octofold.clean import suspicion
 
 
 def world(seed: int = 0, flips: int = 9) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -41,7 +41,9 @@ KILLED = f"""
 import os, signal, sys
 sys.argv[0] = "tune.py"
 sys.path.insert(0, {str(REPOSITORY / "entrypoints")!r})
-from octofold import commands, config, sweep, training
+from octofold import commands, config
+from octofold.tune import sweep
+from octofold.train import training
 begun = []
 real = training.train_slot
 def train_slot(recipe, table, fold, seed, folder, report, devices):

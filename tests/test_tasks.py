@@ -9,8 +9,7 @@ import torch.nn.functional as F
 
 from octofold import tta
 from octofold.errors import UserError
-from octofold.recipe import Loss
-from octofold.tasks import (
+from octofold.nets.tasks import (
     CLASS_LOSSES,
     POINT_LOSSES,
     Classify,
@@ -21,6 +20,7 @@ from octofold.tasks import (
     one_hot,
     sample_weights,
 )
+from octofold.recipe import Loss
 
 NAMES = ("left", "middle", "right")
 

@@ -10,11 +10,11 @@ import psutil
 import pytest
 from matplotlib.figure import Figure
 
-from octofold import store, tracking
 from octofold.config import Section
 from octofold.errors import UserError
-from octofold.provenance import identity
-from octofold.spool import Spool
+from octofold.track import store, tracking
+from octofold.track.provenance import identity
+from octofold.track.spool import Spool
 
 
 class Settings(Section):

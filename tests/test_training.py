@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from octofold import calibration, interrupt, job, models, training
 from octofold.compute import Devices
+from octofold.data.manifest import Manifest
 from octofold.errors import UserError
-from octofold.manifest import Manifest
+from octofold.nets import models
 from octofold.recipe import Recipe
+from octofold.train import calibration, interrupt, job, training
 from world import make_world
 
 PINNED = {"precision": "fp32", "channels_last": "on"}

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import yaml
 
-from octofold import config, trials
+from octofold import config
 from octofold.recipe import Phase, Recipe
-from octofold.trials import Record
+from octofold.tune import trials
+from octofold.tune.trials import Record
 
 
 def scores(values: np.ndarray) -> dict[str, list[float]]:

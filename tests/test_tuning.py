@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import servers
-from octofold import space, studies, trials, tuning
 from octofold.errors import UserError
 from octofold.recipe import Recipe
-from octofold.trials import Attempt, Plan
-from octofold.tuning import Budget
+from octofold.tune import space, studies, trials, tuning
+from octofold.tune.trials import Attempt, Plan
+from octofold.tune.tuning import Budget
 
 RANGES = {
     "optim.lr": {"low": 1e-5, "high": 1e-1, "log": True},

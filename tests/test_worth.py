@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from labelled import CLASSES, make_manifest, make_oof
-from octofold import worth
+from octofold.data.journal import Entry, Journal, replay
+from octofold.data.manifest import Manifest, read
 from octofold.errors import UserError
-from octofold.journal import Entry, Journal, replay
-from octofold.manifest import Manifest, read
+from octofold.tune import worth
 
 WRONG = {4: 2, 9: 1, 20: 0}
 

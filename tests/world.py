@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from octofold.manifest import Manifest
+from octofold.data.manifest import Manifest
 
 CLASSES = ("ash", "birch", "cedar")
 

@@ -1,0 +1,205 @@
+"""The ledger: a parquet beside a submission that leads each row back to members, models, weights, data and code."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from octofold.data.manifest import Manifest
+from octofold.errors import UserError, preview
+from octofold.files import atomic, existing
+
+Array = npt.NDArray[Any]
+NAME = "ledger.parquet"
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What is known of a submission.
+
+    Attributes:
+        rows: one per test sample: ``sample_id``, ``names`` (JSON), and for classes ``label, top1..3, p1..3,
+            vote.<member>, p.<member>``, for points ``spread_px``; then ``disagreement``, ``views_spread``,
+            ``nearest`` (JSON of training ``[path, similarity]``).
+        about: run id, competition, models (name, version, run, sha256), weights, method, views, manifest hash, git
+            commit, estimate.
+    """
+
+    rows: pd.DataFrame
+    about: dict[str, Any]
+
+    def save(self, folder: Path | str) -> Path:
+        """Write ``ledger.parquet`` in a folder, atomically."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table = pa.Table.from_pandas(self.rows, preserve_index=False)
+        header = {
+            **(table.schema.metadata or {}),
+            b"octofold.blend.ledger": json.dumps(self.about, default=str).encode(),
+        }
+        path = Path(folder) / NAME
+        with atomic(path) as temporary:
+            pq.write_table(table.replace_schema_metadata(header), temporary)
+        return path
+
+    def row(self, image: str) -> dict[str, Any]:
+        """Find one row by file name (as the submission writes it), or by sample id.
+
+        Raises:
+            UserError: no such row.
+        """
+        for place, (sample_id, names) in enumerate(zip(self.rows["sample_id"], self.rows["names"], strict=True)):
+            listed = json.loads(names)
+            if image in (sample_id, *listed) or image in [Path(name).stem for name in listed]:
+                return {str(key): value for key, value in self.rows.iloc[place].items()}
+        first = [json.loads(names)[0] for names in self.rows["names"][:3]]
+        raise UserError(f"image '{image}'", expected=f"a row of the submission, such as {preview(first)}", got="none")
+
+
+def load(submission: Path | str) -> Ledger:
+    """Read the ledger beside a submission (or in a folder, or the parquet itself).
+
+    Raises:
+        UserError: there is none.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = existing(submission, "a submission that blend wrote")
+    path = path / NAME if path.is_dir() else path if path.suffix == ".parquet" else path.with_name(NAME)
+    path = existing(path, "the ledger beside the submission", "give the submission where blend wrote it (runs/blend/…)")
+    try:
+        table = pq.read_table(path)
+        about = json.loads((table.schema.metadata or {})[b"octofold.blend.ledger"])
+    except (pa.ArrowException, KeyError, ValueError, OSError) as error:
+        raise UserError(path, expected="a ledger written by blend", got=str(error)) from error
+    return Ledger(table.to_pandas(), about)
+
+
+def build(
+    test: Manifest,
+    final: Array,
+    members: Mapping[str, Array],
+    votes: Array,
+    nested: Mapping[int, Array],
+    nearest: Sequence[Sequence[tuple[str, float]]],
+    about: dict[str, Any],
+) -> Ledger:
+    """Put a ledger together.
+
+    Args:
+        test: T test samples.
+        final: ``(T, K)`` probabilities or ``(T, P, 2)`` points, as submitted.
+        members: each member's bagged ``(T, …)``.
+        votes: ``(S, T, …)`` of every fold model.
+        nested: number of views -> the mean over so many views ``(T, …)`` of the plain mean of members; of these the
+            spread of the views is told.
+        nearest: per test row, training images with their similarity; may be empty.
+        about: see `Ledger`.
+    """
+    listed = test.table["names"] if "names" in test.table else test.table["path"].map(lambda name: json.dumps([name]))
+    columns: dict[str, Any] = {"sample_id": test.sample_ids.astype(object), "names": listed.astype(str).to_numpy()}
+    filled = (
+        _points(final, members, votes, nested) if final.ndim == 3 else _classes(test, final, members, votes, nested)
+    )
+    near = [json.dumps([[name, round(float(score), 4)] for name, score in row]) for row in nearest]
+    columns |= filled | {"nearest": near or ["[]"] * len(final)}
+    constant = {"run_id": about.get("run_id", ""), "manifest_hash": about.get("manifest_hash", "")}
+    return Ledger(pd.DataFrame(columns).assign(**constant), about)
+
+
+def _classes(
+    test: Manifest, final: Array, members: Mapping[str, Array], votes: Array, nested: Mapping[int, Array]
+) -> dict[str, Any]:
+    classes, every = np.array(test.classes, dtype=object), np.arange(len(final))
+    order = np.argsort(-final, axis=1, kind="stable")[:, :3]
+    best = order[:, 0]
+    columns: dict[str, Any] = {"label": classes[best]}
+    for place in range(order.shape[1]):
+        columns |= {f"top{place + 1}": classes[order[:, place]], f"p{place + 1}": final[every, order[:, place]]}
+    for name, values in members.items():
+        columns |= {f"vote.{name}": classes[values.argmax(axis=1)], f"p.{name}": values[every, best]}
+    columns["disagreement"] = (votes.argmax(axis=2) != best).mean(axis=0).astype(np.float32)
+    blocks, share = view_blocks({count: values[every, best] for count, values in nested.items()})
+    return columns | {"views_spread": _spread(blocks, share)}
+
+
+def _points(final: Array, members: Mapping[str, Array], votes: Array, nested: Mapping[int, Array]) -> dict[str, Any]:
+    def off(values: Array) -> Array:  # mean distance of the points, px
+        found: Array = np.linalg.norm(values - final, axis=-1).mean(axis=-1)
+        return found
+
+    columns: dict[str, Any] = {f"off_px.{name}": off(values) for name, values in members.items()}
+    columns["disagreement"] = off(votes).mean(axis=0)
+    blocks, share = view_blocks({count: values.reshape(len(final), -1) for count, values in nested.items()})
+    return columns | {"views_spread": _spread(blocks, share[:, None]).mean(axis=1)}
+
+
+def view_blocks(nested: Mapping[int, Array]) -> tuple[Array, Array]:
+    """Take running means apart: the mean over views 1, 2, 3-4 and 5-8, and each block's share.
+
+    Args:
+        nested: number of views -> ``(T, …)`` mean over the first so many.
+
+    Returns:
+        ``(B, T, …)`` block means, and ``(B, 1)`` shares that sum to 1.
+    """
+    counts = sorted(nested)
+    blocks, sizes, before = [], [], 0
+    for count in counts:
+        earlier = nested[before] * before if before else 0.0
+        blocks.append((nested[count] * count - earlier) / (count - before))
+        sizes.append(count - before)
+        before = count
+    return np.stack(blocks), np.array(sizes)[:, None] / max(counts[-1], 1)
+
+
+def _spread(blocks: Array, share: Array) -> Array:
+    mean = (blocks * share).sum(axis=0)
+    found: Array = np.sqrt((share * (blocks - mean) ** 2).sum(axis=0)).astype(np.float32)
+    return found
+
+
+def differences(one: Ledger, other: Ledger) -> pd.DataFrame:
+    """The rows on which two submissions differ, and who changed them.
+
+    Returns:
+        ``names, from, to, p_from, p_to, who``: the members whose own vote changed, or ``weights`` where none did; new
+        and missing members are told with ``+`` and ``-``.
+
+    Raises:
+        UserError: submissions of other test images, or of points.
+    """
+    if "label" not in one.rows or "label" not in other.rows:
+        raise UserError("compare", expected="two submissions of classes", got="points")
+    mine, theirs = one.rows.set_index("sample_id"), other.rows.set_index("sample_id")
+    odd = set(mine.index) ^ set(theirs.index)
+    if odd:
+        raise UserError("compare", expected="the same test images", got=f"{len(odd)} that only one has")
+    theirs = theirs.loc[mine.index]
+    changed = mine.index[(mine["label"] != theirs["label"]).to_numpy()]
+    votes = [sorted(name[5:] for name in table.columns if name.startswith("vote.")) for table in (mine, theirs)]
+    shared = [name for name in votes[0] if name in votes[1]]
+    lines = []
+    for sample_id in changed:
+        a, b = mine.loc[sample_id], theirs.loc[sample_id]
+        who = [name for name in shared if a[f"vote.{name}"] != b[f"vote.{name}"]]
+        who += [f"+{name}" for name in votes[1] if name not in shared and b[f"vote.{name}"] == b["label"]]
+        who += [f"-{name}" for name in votes[0] if name not in shared and a[f"vote.{name}"] == a["label"]]
+        lines.append(
+            {
+                "names": ", ".join(json.loads(a["names"])),
+                "from": a["label"],
+                "to": b["label"],
+                "p_from": float(a["p1"]),
+                "p_to": float(b["p1"]),
+                "who": ", ".join(who) or "weights",
+            }
+        )
+    return pd.DataFrame(lines, columns=["names", "from", "to", "p_from", "p_to", "who"])

@@ -1,0 +1,393 @@
+"""The lineup: a stage's fold models with their OOF, aligned, and what they say of the test images, cached."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from octofold import predictions
+from octofold.blend.shift import Distance, measure, pooled
+from octofold.data.images import PixelCache, PixelSpec, open_cache
+from octofold.data.manifest import Manifest
+from octofold.errors import UserError, preview
+from octofold.files import ROOT, atomic, sha256_json
+from octofold.infer import ensemble
+from octofold.infer.inference import predict_manifest
+from octofold.metrics import Metric, accuracy, point_mse
+from octofold.predictions import Predictions
+from octofold.recipe import Model
+from octofold.track import registry
+from octofold.track.registry import Slot
+from octofold.tta import NESTED
+
+Array = npt.NDArray[Any]
+log = logging.getLogger("octofold")
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Lineup:
+    """Members over the same training rows.
+
+    Attributes:
+        slots: member name -> its fold models, sorted by fold and seed.
+        oof: ``(M, N, K)`` or ``(M, N, P, 2)`` float32, each member's out-of-fold predictions, seeds averaged.
+        per_seed: one array like `oof` for each seed that every member has on every fold; empty if there is only one.
+        rows: the N training samples that every member predicted without having trained on them.
+        views: row of `tta.VIEWS` all was predicted with.
+        left_out: manifest rows that some member has no such prediction for.
+    """
+
+    slots: dict[str, list[Slot]]
+    oof: Array
+    per_seed: list[Array]
+    rows: Manifest
+    views: str
+    left_out: int = 0
+
+    @property
+    def names(self) -> list[str]:
+        """Members in the order of `oof`."""
+        return list(self.slots)
+
+    @property
+    def pins(self) -> list[dict[str, Any]]:
+        """Name, version and sha256 of every model used."""
+        return [
+            {
+                "member": slot.member,
+                "fold": slot.fold,
+                "seed": slot.seed,
+                "name": slot.name,
+                "version": slot.version,
+                "run_id": slot.run_id,
+                "sha256": slot.model_sha,
+                "manifest_hash": slot.manifest_hash,
+            }
+            for slots in self.slots.values()
+            for slot in slots
+        ]
+
+
+def gather(
+    competition: str, stage: str, members: Sequence[str], manifest: Manifest, views: str, mixed: bool = False
+) -> Lineup:
+    """Take every member in a stage, with OOF made in the same views as the test predictions will be.
+
+    Args:
+        competition: name of the problem.
+        stage: ``staging`` or ``production``.
+        members: only these; empty = all.
+        manifest: the training data the blend is fitted on.
+        views: row of `tta.VIEWS`; OOF not stored in these views is predicted now.
+        mixed: let members of other data versions in, on the rows that each predicted without having trained on them.
+
+    Raises:
+        UserError: nothing in the stage, or members of another manifest, class order or fold set.
+    """
+    found = registry.resolve(competition, stage, list(members) or None)
+    if not found:
+        raise UserError(
+            f"stage '{stage}' of {competition}",
+            expected="at least one member",
+            got="none",
+            fix=f"python entrypoints/promote.py --competition {competition} --member NAME --stage {stage}",
+        )
+    slots = {name: sorted(found[name], key=lambda slot: (slot.fold, slot.seed)) for name in sorted(found)}
+    for name, own in slots.items():
+        odd = [slot for slot in own if slot.manifest_hash != manifest.hash]
+        if odd and not mixed:
+            raise UserError(
+                f"member '{name}' ({odd[0].name} version {odd[0].version})",
+                expected=f"trained on manifest {manifest.hash[:12]} ({manifest.file})",
+                got=f"manifest {odd[0].manifest_hash[:12]}",
+                fix=f"train it again on this manifest, leave it out by --members, or allow it by --mixed "
+                f"(members: {preview(slots, 9)})",
+            )
+    whole = {name: _member_oof(own, manifest, views, mixed) for name, own in slots.items()}
+    shared = set(manifest.sample_ids.tolist())
+    for oof in whole.values():
+        shared &= set(oof.sample_ids.tolist())
+    if len(shared) < len(manifest.table) and not mixed:
+        name, oof = min(whole.items(), key=lambda item: len(item[1].sample_ids))
+        raise UserError(
+            f"member '{name}'",
+            expected=f"OOF for all {len(manifest.table)} samples",
+            got=f"{len(oof.sample_ids)}: folds {sorted({slot.fold for slot in slots[name]})} of {manifest.folds}",
+            fix="train the missing folds, leave the member out by --members, or blend on shared rows by --mixed",
+        )
+    if not shared:
+        raise UserError("mixed members", expected="samples that all of them predicted out-of-fold", got="none")
+    rows = manifest.take(np.array([name in shared for name in manifest.sample_ids.tolist()]))
+    aligned = [whole[name].reorder(manifest.classes).take(rows.sample_ids).values for name in slots]
+    left_out = len(manifest.table) - len(rows.table)
+    return Lineup(slots, np.stack(aligned), _per_seed(slots, rows, views, mixed), rows, views, left_out)
+
+
+def _member_oof(slots: Sequence[Slot], manifest: Manifest, views: str, mixed: bool) -> Predictions:
+    """Average seeds within each fold, then join folds."""
+    parts = []
+    for fold in sorted({slot.fold for slot in slots}):
+        seeds = [slot_oof(slot, manifest, views, mixed) for slot in slots if slot.fold == fold]
+        parts.append(predictions.average(seeds))
+    return predictions.concatenate([replace(part, seed=None) for part in parts])
+
+
+def _per_seed(slots: dict[str, list[Slot]], rows: Manifest, views: str, mixed: bool) -> list[Array]:
+    """OOF of each seed that all members have on the same folds, as far as it can be had without predicting again."""
+    seeds = set.intersection(*({slot.seed for slot in own} for own in slots.values()))
+    found = []
+    for seed in sorted(seeds) if len(seeds) > 1 else []:
+        chosen = {name: [slot for slot in own if slot.seed == seed] for name, own in slots.items()}
+        if any({s.fold for s in chosen[name]} != {s.fold for s in slots[name]} for name in slots):
+            continue
+        whole = [
+            _member_oof(own, rows, views, mixed).reorder(rows.classes).take(rows.sample_ids).values
+            for own in chosen.values()
+        ]
+        found.append(np.stack(whole))
+    return found if len(found) > 1 else []
+
+
+def slot_oof(slot: Slot, manifest: Manifest, views: str, mixed: bool = False) -> Predictions:
+    """Return a fold model's predictions of the rows held out of it, stored by train or made now.
+
+    Raises:
+        UserError: the slot's data is not the manifest's, so nobody knows which rows were held out.
+    """
+    stored = registry.oof(slot, views)
+    if stored is not None:
+        if stored.views != views or stored.fold is None:
+            raise UserError(f"OOF of {slot.name}", expected=f"out-of-fold, views {views}", got=stored.views)
+        return stored
+    if slot.manifest_hash != manifest.hash and mixed:
+        raise UserError(
+            f"OOF of {slot.name} version {slot.version}",
+            expected=f"stored with views {views}, as its manifest is not at hand",
+            got="none",
+            fix="choose the views it was trained with (--tta), or leave the member out",
+        )
+    held = manifest.take(manifest.fold == slot.fold)
+    log.info("%s: no stored OOF with views %s, predicting its %d held-out rows", slot.name, views, len(held.table))
+    return replace(predict([slot], held, views)[0], fold=held.fold)
+
+
+def predict(slots: Sequence[Slot], images: Manifest, views: str) -> list[Predictions]:
+    """Predict a manifest's images with each fold model, from the cache where the same weights did so before.
+
+    The cache is keyed by weights, images and views, under ``data/<competition>/cache/predictions``. What it lacks is
+    predicted in one pass over the images per data version.
+    """
+    ids = sorted(images.sample_ids.tolist())
+
+    def file(slot: Slot, name: str) -> Path:
+        return _cache(images) / f"{sha256_json([slot.model_sha, ids, name])[:32]}.parquet"
+
+    missing = [slot for slot in slots if not file(slot, views).exists()]
+    for version in sorted({slot.manifest_hash for slot in missing}):
+        some = [slot for slot in missing if slot.manifest_hash == version]
+        crew = ensemble.load_bag([registry.fetch(slot) for slot in some])
+        for slot, voice in zip(some, crew.voices, strict=True):
+            _check_weights(slot, voice.card.model_sha)
+        for slot, said in zip(some, predict_manifest(crew, images, views), strict=True):
+            for name, values in said.items():
+                values.save(file(slot, name))
+    return [Predictions.load(file(slot, views)).take(images.sample_ids) for slot in slots]
+
+
+def embed(slot: Slot, images: Manifest) -> Array:
+    """Return the pooled features ``(N, F)`` float32 of one fold model's trunk, upright view, cached like `predict`."""
+    import torch
+
+    from octofold.nets.models import read_model
+
+    key = sha256_json([slot.model_sha, sorted(images.sample_ids.tolist()), "features"])
+    file = _cache(images) / f"{key[:32]}.npz"
+    if file.exists():
+        stored = np.load(file)
+        place = {name: row for row, name in enumerate(stored["ids"].tolist())}
+        return np.asarray(stored["features"][[place[name] for name in images.sample_ids.tolist()]])
+    net, card = read_model(registry.fetch(slot))
+    _check_weights(slot, card.model_sha)
+    pixels = open_cache(images, PixelSpec.of(Model.model_validate(card.recipe["model"])))
+    with torch.inference_mode():
+        parts = [
+            net.features(torch.from_numpy(batch).permute(0, 3, 1, 2)).float().numpy()
+            for batch in squares(pixels, f"{slot.name} features")
+        ]
+    found = np.concatenate(parts)
+    with atomic(file) as temporary:
+        np.savez(temporary, ids=images.sample_ids, features=found)
+    return found
+
+
+def _cache(images: Manifest) -> Path:
+    return ROOT / "data" / images.competition / "cache" / "predictions"
+
+
+def _check_weights(slot: Slot, sha: str) -> None:
+    if sha != slot.model_sha:
+        raise UserError(
+            f"{slot.name} version {slot.version}",
+            expected=f"weights with sha256 {slot.model_sha[:12]}",
+            got=sha[:12],
+            fix="the stored model was replaced; train the slot again or promote another version",
+        )
+
+
+def squares(pixels: PixelCache, title: str) -> Iterator[npt.NDArray[np.uint8]]:
+    """Batches ``(B, S, S, 3)`` of the cached photos' centre squares, with a bar on stderr."""
+    for start in tqdm(range(0, len(pixels), BATCH), desc=title, unit="batch", leave=False, disable=None):
+        yield np.stack([pixels.square(row) for row in range(start, min(start + BATCH, len(pixels)))])
+
+
+def votes(lineup: Lineup, test: Manifest, views: str = "") -> Array:
+    """Return what each fold model, in the order of `pins`, says of test images: ``(S, T, K)`` or ``(S, T, P, 2)``."""
+    slots = [slot for own in lineup.slots.values() for slot in own]
+    said = predict(slots, test, views or lineup.views)
+    return np.stack([one.reorder(lineup.rows.classes).values for one in said])
+
+
+def shares(lineup: Lineup, bag: str, per_fold: dict[str, list[float]] | None = None) -> list[npt.NDArray[np.float64]]:
+    """Return each member's shares of its fold models, in slot order, each summing to 1.
+
+    Args:
+        lineup: the members.
+        bag: ``equal``, or ``oof_acc``: by each fold model's score on its own held-out rows (original 000).
+        per_fold: members' weights for each fold, of `blending.lr_mse_per_fold`: a fold model then counts by its
+            fold's weight. The blend's weights are the mean over folds, so only the shares carry the difference.
+    """
+    found = []
+    for place, slots in enumerate(lineup.slots.values()):
+        raw = np.array([_own_score(lineup, place, slot) if bag == "oof_acc" else 1.0 for slot in slots])
+        if per_fold:
+            raw = raw * np.array([per_fold[str(slot.fold)][place] for slot in slots])
+        found.append(raw / raw.sum() if raw.sum() > 0 else np.full(len(slots), 1 / len(slots)))
+    return found
+
+
+def _own_score(lineup: Lineup, member: int, slot: Slot) -> float:
+    rows = lineup.rows.fold == slot.fold
+    if not rows.any():
+        return 0.0
+    values, target = lineup.oof[member][rows], lineup.rows.target[rows]
+    return point_mse(values, target) ** -1 if values.ndim == 3 else accuracy(values, target)
+
+
+def bagged(said: Array, parts: Sequence[Array]) -> Array:
+    """Average fold models within each member: ``(S, T, …)`` votes and shares to ``(M, T, …)``."""
+    start, found = 0, []
+    for share in parts:
+        own = said[start : start + len(share)]
+        found.append(np.tensordot(share, own.astype(np.float64), axes=1))
+        start += len(share)
+    return np.stack(found).astype(np.float32)
+
+
+def by_fold(lineup: Lineup, said: Array) -> dict[int, Array]:
+    """Take fold models apart again: for each fold all members have, ``(M, T, …)``, seeds averaged as in the OOF."""
+    slots = [(place, slot) for place, own in enumerate(lineup.slots.values()) for slot in own]
+    folds = set.intersection(*({slot.fold for slot in own} for own in lineup.slots.values()))
+    return {
+        fold: np.stack(
+            [
+                np.mean([said[row] for row, (m, slot) in enumerate(slots) if m == place and slot.fold == fold], axis=0)
+                for place in range(len(lineup.slots))
+            ]
+        )
+        for fold in sorted(folds)
+    }
+
+
+def signed(lineup: Lineup, test: Manifest, values: Array, name: str = "blend") -> Predictions:
+    """Put a name to blended values ``(T, …)`` of the test images."""
+    shas = [slot.model_sha for own in lineup.slots.values() for slot in own]
+    return Predictions(
+        sample_ids=test.sample_ids,
+        values=values,
+        classes=lineup.rows.classes,
+        manifest_hash=lineup.rows.hash,
+        member=name,
+        model_sha=predictions.bag_sha(shas),
+        views=lineup.views,
+        extra={"members": lineup.names},
+    )
+
+
+class Near(NamedTuple):
+    """Test against train, and for each test image the training images it is most like, with their similarity."""
+
+    distance: Distance
+    images: list[list[tuple[str, float]]]
+
+
+def compare(lineup: Lineup, weights: Array, test: Manifest, enough: int = 600) -> Near | None:
+    """Compare test with training images in the embedding of the member that weighs most.
+
+    One fold model after another speaks, until `enough` held-out rows were compared.
+    """
+    name = lineup.names[int(np.argmax(weights))]
+    parts, seen = [], 0
+    for slot in lineup.slots[name]:
+        held = lineup.rows.fold == slot.fold
+        if slot.seed != lineup.slots[name][0].seed or not held.any() or held.all():
+            continue
+        parts.append(measure(embed(slot, lineup.rows), held, embed(slot, test)))
+        seen += int(held.sum())
+        if seen >= enough:
+            break
+    if not parts:
+        return None
+    paths = lineup.rows.table["path"].to_numpy(str)
+    near = [
+        [(str(paths[row]), float(score)) for row, score in zip(rows, scores, strict=True)]
+        for rows, scores in zip(parts[0].nearest, parts[0].similarity, strict=True)
+    ]
+    return Near(pooled(parts), near)
+
+
+def best_views(config: Any, manifest: Manifest, metric: Metric) -> tuple[str, dict[str, float]]:
+    """Choose the view set whose OOF blends best, as `tta: auto` does.
+
+    Args:
+        config: the blend's flags.
+        manifest: the training data.
+        metric: what is looked at; ties go to fewer views.
+
+    Returns:
+        The choice, and the score of each view set.
+    """
+    sign = 1 if metric.higher_is_better else -1
+    scores = {}
+    for views in NESTED:
+        found = gather(config.competition, config.stage, config.members, manifest, views, config.mixed)
+        scores[views] = metric.score(found.oof.mean(axis=0), found.rows.target)
+    return max(scores, key=lambda views: sign * scores[views]), scores
+
+
+def test_set(manifest: Manifest) -> Manifest | None:
+    """Read the ``test.csv`` beside a manifest, if prepare wrote one."""
+    from octofold.data.manifest import read
+
+    file = manifest.file.parent / "test.csv" if manifest.file else None
+    return read(file) if file is not None and file.exists() else None
+
+
+def signed_oof(lineup: Lineup, values: Array, name: str = "blend") -> Predictions:
+    """Put a name to cross-fitted values ``(N, …)`` of the training rows."""
+    shas = [slot.model_sha for own in lineup.slots.values() for slot in own]
+    return Predictions(
+        sample_ids=lineup.rows.sample_ids,
+        values=values,
+        classes=lineup.rows.classes,
+        manifest_hash=lineup.rows.hash,
+        member=name,
+        model_sha=predictions.bag_sha(shas),
+        views=lineup.views,
+        fold=lineup.rows.fold,
+    )

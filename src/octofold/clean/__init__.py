@@ -1,0 +1,1 @@
+"""Clean: suspicion of labels, ranked, reviewed on a page, written to a journal."""

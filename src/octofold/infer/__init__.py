@@ -1,0 +1,1 @@
+"""Infer: models over images become Predictions, scores, and MLflow models that serve."""

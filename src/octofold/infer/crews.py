@@ -1,0 +1,67 @@
+"""Crews: the models that infer's flags name, and the parts of a big job done side by side, here or on a cluster."""
+
+import json
+from functools import lru_cache
+from typing import Any
+
+from octofold import compute
+from octofold.commands import Infer
+from octofold.errors import UserError
+from octofold.infer import ensemble, inference, looks, shards
+from octofold.infer.ensemble import Ensemble
+from octofold.infer.inference import How
+from octofold.infer.looks import Source
+from octofold.track import registry, tracking
+from octofold.workers import Job
+
+
+def muster(config: Infer) -> Ensemble:
+    """Return the models the flags name, as one ensemble.
+
+    Raises:
+        UserError: none named, or not there.
+    """
+    device = inference.pick_device(config.device)
+    if config.competition and config.member:
+        slots = registry.resolve(config.competition, config.stage, [config.member])[config.member]
+        return ensemble.load_bag([registry.fetch(slot) for slot in slots], device)
+    address = config.model or (f"models:/{config.competition}.blend@{config.stage}" if config.competition else "")
+    if not address:
+        raise UserError("infer", expected="--model, or --competition with --member", got="neither")
+    is_stored = address.startswith(("models:/", "runs:/"))
+    return ensemble.load(tracking.fetch_uri(address, address) if is_stored else address, device)
+
+
+def how(config: Infer, crew: Ensemble) -> How:
+    """Return how the flags want to look."""
+    views = config.tta or crew.views
+    return How(views, config.batch_size, config.engine, config.precision, config.early_exit)
+
+
+def side_by_side(config: Infer, crew: Ensemble, source: Source, way: How) -> None:
+    """Make the missing parts of the job as jobs of `compute`, if that was asked for; joining is left to the caller.
+
+    A part is a file in the shared project folder, keyed by weights, images and settings: whoever makes it, and however
+    often it is begun, the bytes are the same.
+    """
+    if config.shard is not None or (config.executor == "local" and (config.parallel or 1) == 1):
+        return
+    settings = json.dumps(config.model_dump(mode="json") | {"images": str(config.images.absolute())})
+    jobs = [
+        Job(f"part {place}", (settings, place)) for place in shards.missing(crew, source, way, config.shards)
+    ]  # fmt: skip
+    if jobs:
+        compute.map_jobs(make_part, jobs, config.executor, config.parallel, title="parts")
+
+
+def make_part(settings: str, place: int) -> str:
+    """Make one part in a process of its own; return its file. Models stay loaded for the next part."""
+    crew, source, way, count = _ready(settings)
+    return shards.make(crew, source, way, count, place)
+
+
+@lru_cache(maxsize=1)
+def _ready(settings: str) -> tuple[Any, Any, How, int]:
+    config = Infer.model_validate_json(settings)
+    crew = muster(config)
+    return crew, looks.find(config.images), how(config, crew), config.shards

@@ -1,0 +1,124 @@
+"""Looks: which images there are, and decoding each once, a few ahead of whoever waits for them."""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from octofold.data.images import SUFFIXES, Frame, PixelSpec, find_images, fit, open_bytes, square
+from octofold.data.manifest import ID_LENGTH, Manifest
+from octofold.data.manifest import read as read_manifest
+from octofold.errors import UserError
+from octofold.files import existing
+
+Bytes = npt.NDArray[np.uint8]
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class Item(NamedTuple):
+    """An image to look at: its name for people, its file, and its id where a manifest gives one."""
+
+    name: str
+    path: Path
+    sample_id: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What there is to predict: a folder, a single image, or a manifest's rows."""
+
+    items: list[Item]
+    where: Path
+    is_manifest: bool
+
+
+def find(images: Path | str) -> Source:
+    """List the images under a folder (recursively), of a manifest CSV, or the one image given.
+
+    Raises:
+        UserError: nothing there, or no image in it.
+    """
+    path = existing(images, "a folder of images, an image, or a manifest (CSV)")
+    if path.is_dir():
+        items = [Item(file.relative_to(path).as_posix(), file) for file in find_images(path)]
+        if not items:
+            raise UserError(path, expected=f"images ({', '.join(SUFFIXES)}) in it or below", got="none")
+        return Source(items, path, False)
+    if path.suffix.lower() == ".csv":
+        return Source(items_of(read_manifest(path)), path, True)
+    return Source([Item(path.name, path)], path.parent, False)
+
+
+def items_of(manifest: Manifest) -> list[Item]:
+    """The rows of a manifest, in order, under their ids."""
+    rows = zip(manifest.table["path"], manifest.paths, manifest.sample_ids, strict=True)
+    return [Item(str(name), path, str(sample_id)) for name, path, sample_id in rows]
+
+
+class Look(NamedTuple):
+    """A decoded image: one square and frame per distinct `PixelSpec`."""
+
+    item: Item
+    squares: dict[PixelSpec, Bytes]
+    frames: dict[PixelSpec, Frame]
+
+
+class Skipped(NamedTuple):
+    """An image that could not be read, and why."""
+
+    name: str
+    reason: str
+
+
+def look(item: Item, specs: Sequence[PixelSpec]) -> Look | Skipped:
+    """Read one file once and decode it for every spec; give it its content's id where it has none."""
+    try:
+        data = item.path.read_bytes()
+        return decode(data, item.path, specs, item)
+    except OSError as error:
+        return Skipped(item.name, error.strerror or str(error))
+    except UserError as error:
+        return Skipped(item.name, str(error).partition("got:")[2].partition("\n")[0].strip() or str(error))
+
+
+def decode(data: bytes, where: Path | str, specs: Sequence[PixelSpec], item: Item | None = None) -> Look:
+    """Decode the bytes of an image file for every spec.
+
+    Args:
+        data: as a camera wrote them.
+        where: what errors call it.
+        specs: the pixels wanted.
+        item: whose bytes these are, if a file's.
+
+    Raises:
+        UserError: not an image, or a broken one.
+    """
+    named = item or Item(str(where), Path())
+    if not named.sample_id:
+        named = named._replace(sample_id=hashlib.sha256(data).hexdigest()[:ID_LENGTH])
+    views = {spec: fit(open_bytes(data, where), spec, where) for spec in specs}
+    squares = {spec: square(pixels, spec.size) for spec, (pixels, _) in views.items()}
+    return Look(named, squares, {spec: frame for spec, (_, frame) in views.items()})
+
+
+def ahead(function: Callable[[T], U], items: Iterable[T], depth: int, workers: int = 1) -> Iterator[U]:
+    """Map in order with at most `depth` results waiting, computed by threads while the caller works."""
+    waiting: deque[Future[U]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > depth:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

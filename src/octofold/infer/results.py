@@ -1,0 +1,123 @@
+"""What an inference job leaves behind: Predictions, a table by file name, and images sorted into class folders."""
+
+import csv
+import re
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from octofold.errors import UserError
+from octofold.files import atomic
+from octofold.infer.looks import Source
+from octofold.infer.shards import Result, rows
+
+_RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
+
+
+def write(result: Result, folder: Path) -> dict[str, str]:
+    """Write ``predictions.parquet``, ``predictions.csv`` (a row per file) and ``skipped.csv`` where files were skipped.
+
+    Returns:
+        The paths by name.
+    """
+    said = result.predictions
+    paths = {
+        "predictions": str(said.save(folder / "predictions.parquet")),
+        "predictions_csv": str(folder / "predictions.csv"),
+    }
+    if said.is_points:
+        header = ["file", "sample_id", *(f"{name}_{axis}" for name in said.classes for axis in "xy")]
+        lines = ([name, one, *(f"{v:.3f}" for v in values.ravel())] for name, one, values in rows(result))
+    else:
+        header = ["file", "sample_id", "predicted", "confidence", *said.classes]
+        lines = (
+            [name, one, said.classes[values.argmax()], f"{values.max():.6f}", *(f"{v:.6f}" for v in values)]
+            for name, one, values in rows(result)
+        )
+    _write_csv(folder / "predictions.csv", header, lines)
+    if result.skipped:
+        _write_csv(folder / "skipped.csv", ["file", "reason"], result.skipped)
+        paths["skipped_csv"] = str(folder / "skipped.csv")
+    return paths
+
+
+def write_labels(result: Result, folder: Path) -> dict[str, str]:
+    """Write ``labels.csv``, a row per file: what remains of a fast job, whose probabilities are not to be blended."""
+    said = result.predictions
+    lines = ([name, one, said.classes[values.argmax()]] for name, one, values in rows(result))
+    _write_csv(folder / "labels.csv", ["file", "sample_id", "predicted"], lines)
+    return {"labels": str(folder / "labels.csv")}
+
+
+def sort_into(result: Result, source: Source, folder: Path) -> int:
+    """Copy every readable image into ``folder/<predicted class>/``; originals stay where they are.
+
+    Class names that are no folder names are made so (``a/b`` becomes ``a_b``); files of one name from different
+    folders are kept apart by their path. A second call writes the same files again.
+
+    Returns:
+        How many images were copied.
+
+    Raises:
+        UserError: points have no classes to sort by, or the folder lies inside the images' own.
+    """
+    said = result.predictions
+    if said.is_points:
+        raise UserError("--sort_into", expected="a classifier", got="a model of points", fix="leave it out")
+    folder = folder.absolute()
+    if not source.is_manifest and folder.resolve().is_relative_to(source.where.resolve()) and len(source.items) > 1:
+        raise UserError(
+            folder,
+            expected=f"a folder outside {source.where}",
+            got="one inside: the copies would be predicted next time",
+        )
+    paths = {item.name: item.path for item in source.items}
+    folders = dict(zip(said.classes, folder_names(said.classes), strict=True))
+    bases = Counter(Path(name).name.lower() for name, _ in result.files)
+    count = 0
+    for name, sample_id, values in rows(result):
+        path = paths[name]
+        target = folder / folders[said.classes[values.argmax()]] / _file_name(name, sample_id, bases)
+        with atomic(target) as temporary:
+            shutil.copyfile(path, temporary)
+        count += 1
+    return count
+
+
+def folder_names(classes: Sequence[str]) -> list[str]:
+    """Return a safe, distinct folder name for each class, its own name wherever that is safe.
+
+    Example:
+        >>> folder_names(["red", "a/b", "a_b", ".."])
+        ['red', 'a_b', 'a_b-2', '_']
+    """
+    taken: set[str] = set()
+    names = []
+    for one in classes:
+        name = re.sub(r'[\\/:*?"<>|\x00-\x1f]', "_", one).strip(" .")[:100] or "_"
+        name = f"_{name}" if name.lower().partition(".")[0] in _RESERVED else name
+        unique, number = name, 1
+        while unique.lower() in taken:  # some file systems do not tell cases apart
+            number += 1
+            unique = f"{name}-{number}"
+        taken.add(unique.lower())
+        names.append(unique)
+    return names
+
+
+def _file_name(name: str, sample_id: str, bases: "Counter[str]") -> str:
+    """The file's own name if no other file has it, else its path as a name, ended by its id against ``a__b/c``."""
+    path = Path(name)
+    if bases[path.name.lower()] == 1:
+        return path.name
+    flat = "__".join(part for part in path.parts if part not in ("..", "/"))
+    stem, suffix = flat[: len(flat) - len(path.suffix)], path.suffix
+    return f"{stem[-150:]}.{sample_id}{suffix}"
+
+
+def _write_csv(path: Path, header: Sequence[str], lines: object) -> None:
+    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(lines)  # type: ignore[arg-type]

@@ -1,0 +1,206 @@
+"""Importing: data from elsewhere becomes a folder of images with tables beside it, and prepare's flags name them."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from octofold.commands import Prepare
+from octofold.data.images import SUFFIXES, find_images
+from octofold.errors import UserError, preview
+from octofold.files import ROOT, atomic, existing
+from octofold.prepare import archives, hub, sources
+
+HELD_OUT = 0.2
+LABELS = ("train.csv", "labels.csv", "train_labels.csv", "train_solution.csv", "landmarks.csv", "CollectedData.csv")
+SAMPLES = ("sample_submission.csv", "sampleSubmission.csv", "sample_submission_example.csv")
+TRAIN, TEST = ("train", "train_images", "training", "images"), ("test", "test_images", "testing")
+MORE = ("val", "valid", "validation")  # ImageNet's second labelled part
+
+
+def fetch(config: Prepare) -> Prepare:
+    """Bring what ``--builtin`` or ``--source`` names, and return the flags with the paths filled in.
+
+    Raises:
+        UserError: a source that is not there, cannot be reached, or holds nothing we can read.
+    """
+    if config.builtin == "digits":
+        return digits(config)
+    if not config.source:
+        return config
+    own = (config.out or ROOT / "data" / config.competition).absolute() / "raw"
+    kind, colon, name = config.source.partition(":")
+    if colon and kind in BRINGERS:
+        return lay_out(BRINGERS[kind](name, own), own, config)
+    path = existing(config.source, "an archive, a folder, hf:NAME, torchvision:NAME or kaggle:NAME (--source)")
+    if path.is_file():
+        if not archives.is_archive(path):
+            raise UserError(path, expected=f"one of {', '.join(archives.ZIPS + archives.TARS)}", got=path.name)
+        return lay_out(archives.unpack(path, own), own, config)
+    if hub.is_hugging_face(path) and not find_images(path):
+        return lay_out(hub.hugging_face(str(path), own), own, config)
+    return lay_out(path, own, config)
+
+
+BRINGERS = {"hf": hub.hugging_face, "torchvision": hub.torchvision, "kaggle": hub.kaggle}
+
+
+def lay_out(raw: Path, own: Path, config: Prepare) -> Prepare:
+    """Find labels, images, test images and sample submission in a folder; flags that were given stand.
+
+    Args:
+        raw: the data, never written to unless it is ours.
+        own: where we may write: archives inside `raw` are unpacked there.
+        config: the flags.
+
+    Raises:
+        UserError: neither a table of labels nor class folders.
+    """
+    raw = _descend(raw)
+    roots = [raw]
+    for path in sorted(raw.glob("*.zip")):  # Kaggle puts train.zip inside
+        roots += [archives.unpack(path, own / path.stem), own]
+    found: dict[str, Any] = {}
+    labels = config.labels or _first(raw, LABELS)
+    sample = config.sample_submission or _first(raw, SAMPLES)
+    if labels is not None:
+        labels = labels if labels.exists() else raw / labels
+        table = sources.read_table(labels, "labels")
+        name = _image_column(table, config.image_column, roots)
+        found |= {"labels": labels, "image_column": name}
+        found["images"] = config.images or _holding(
+            roots, sources.column(table, name, labels, "image_column"), TRAIN, labels
+        )
+        if config.task == "classify" and config.label_column not in table and len(table.columns) == 2:
+            found["label_column"] = next(str(other) for other in table.columns if other != name)
+    else:
+        found |= _class_folders(raw, own)
+    if config.classes is None and (raw / "classes.json").exists() and config.task == "classify":
+        found["classes"] = raw / "classes.json"
+    if sample is not None:
+        ids = sources.read_table(sample, "the sample submission").iloc[:, 0]
+        found |= {"sample_submission": sample, "test_images": config.test_images or _holding(roots, ids, TEST, sample)}
+    elif config.test_images is None:
+        places = [root / name for root in roots for name in TEST if (root / name).is_dir() and find_images(root / name)]
+        found |= {"test_images": places[0]} if places else {}
+    return config.model_copy(update={"source": "", **found})
+
+
+def _descend(raw: Path) -> Path:
+    """A single folder inside a folder is the data's own top folder (archives are often made so)."""
+    while True:
+        inside = [path for path in raw.iterdir() if not path.name.startswith(".") and path.name != "__MACOSX"]
+        if len(inside) != 1 or not inside[0].is_dir() or inside[0].name in TRAIN + TEST:
+            return raw
+        raw = inside[0]
+
+
+def _first(raw: Path, names: tuple[str, ...]) -> Path | None:
+    return next((raw / name for name in names if (raw / name).is_file()), None)
+
+
+def _places(roots: list[Path], names: tuple[str, ...]) -> list[Path]:
+    """Where images may be: ``train/``, ``train/train/`` …, or beside the table."""
+    inside = [root / place for root in roots for name in names for place in (name, f"{name}/{name}")]
+    return [place for place in [*inside, *roots] if place.is_dir()]
+
+
+def _image_column(table: pd.DataFrame, wanted: str, roots: list[Path]) -> str:
+    """The column asked for, or the first one whose first cell names a file here."""
+    if wanted in table or table.empty:
+        return wanted
+    places = _places(roots, TRAIN)
+    return next(
+        (str(name) for name in table.columns if any(_has(place, str(table[name].iloc[0])) for place in places)), wanted
+    )
+
+
+def _holding(roots: list[Path], names: "pd.Series[str]", kinds: tuple[str, ...], where: Path) -> Path:
+    """The folder that holds the first image named."""
+    for place in _places(roots, kinds):
+        if len(names) and _has(place, str(names.iloc[0])):
+            return place
+    raise UserError(
+        where,
+        expected=f"its images in {preview(kinds)} or beside it",
+        got=f"'{names.iloc[0]}' in none of them" if len(names) else "no rows",
+        fix="say where: --images (--test_images)",
+    )
+
+
+def _has(folder: Path, name: str) -> bool:
+    """Whether a name, perhaps without its suffix, is a file in the folder; `sources.locate` does the checking later."""
+    if not name.strip() or "\0" in name:
+        return False
+    return any(os.path.isfile(f"{folder}/{name}{suffix}") for suffix in ("", *SUFFIXES))
+
+
+def _class_folders(raw: Path, own: Path) -> dict[str, Any]:
+    """Class folders here, in ``train/``, or in ``train/`` and ``val/`` (then a table says which)."""
+    train = next((raw / name for name in TRAIN if (raw / name).is_dir()), None)
+    if train is None:
+        return {"images": raw}
+    more = [raw / name for name in MORE if (raw / name).is_dir() and find_images(raw / name)]
+    if not more:
+        return {"images": train}
+    rows = []
+    for part in (train, *more):
+        for path in find_images(part):
+            inner = path.relative_to(part).parts
+            if len(inner) < 2:
+                raise UserError(part, expected="one folder per class", got=f"an image outside: {path.name}")
+            rows.append((path.relative_to(raw).as_posix(), inner[0], part.name))
+    labels = own.parent / "labels.csv"
+    with atomic(labels) as temporary:
+        pd.DataFrame(rows, columns=["image", "label", "split"]).to_csv(temporary, index=False)
+    return {"images": raw, "labels": labels, "image_column": "image", "label_column": "label"}
+
+
+def digits(config: Prepare) -> Prepare:
+    """Write scikit-learn's digits (1797 real 8x8 scans) as PNGs, a fifth of them kept aside as the test set.
+
+    The truth of the held-out part goes to ``test_truth.csv``, so that an estimate can be compared with what came.
+
+    Returns:
+        The flags, with the paths filled in.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    data = load_digits()
+    rows = np.arange(len(data.target))
+    train, test = train_test_split(rows, test_size=HELD_OUT, random_state=0, stratify=data.target)
+    folder = (config.out or ROOT / "data" / config.competition).absolute()
+    for part, chosen in (("train", np.sort(train)), ("test", np.sort(test))):
+        names = [f"{part}_{row:04d}.png" for row in chosen]
+        if not all((folder / "images" / part / name).exists() for name in names):
+            _write_digits(folder / "images" / part, names, data.images[chosen])
+        table = pd.DataFrame({"image": names, "label": data.target[chosen]})
+        with atomic(folder / ("train.csv" if part == "train" else "test_truth.csv")) as temporary:
+            table.to_csv(temporary, index=False)
+        if part == "test":
+            with atomic(folder / "sample_submission.csv") as temporary:
+                table.assign(label=0).to_csv(temporary, index=False)
+    return config.model_copy(
+        update={
+            "builtin": "",
+            "images": folder / "images" / "train",
+            "labels": folder / "train.csv",
+            "test_images": folder / "images" / "test",
+            "sample_submission": folder / "sample_submission.csv",
+        }
+    )
+
+
+def _write_digits(folder: Path, names: list[str], scans: Any) -> None:
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    for name, scan in zip(names, scans, strict=True):
+        Image.fromarray(np.rint(scan * (255 / 16)).astype(np.uint8)).save(part / name)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.replace(folder)

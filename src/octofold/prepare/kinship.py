@@ -1,0 +1,87 @@
+"""Kinship: which samples belong together, by their looks, by their embedding, or as an earlier manifest had it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from octofold.nets import embedding
+from octofold.prepare import grouping, neighbours
+from octofold.prepare.lineage import Fingerprints
+
+Ints = npt.NDArray[np.int64]
+
+
+class Rows(NamedTuple):
+    """Images to be grouped."""
+
+    ids: list[str]
+    paths: list[Path]
+    prints: Fingerprints
+
+
+def choose(
+    train: Rows, test: Rows | None, pairs: Ints, sides: npt.NDArray[Any], assign: Callable[[Ints], Ints],
+    folds: int, seed: int, folder: Path,
+) -> tuple[list[str], tuple[grouping.Grouping, str] | None]:  # fmt: skip
+    """Group training images so that folds are as far apart as the test images are from train.
+
+    Args:
+        train, test: images; without test images, near-duplicates alone are grouped.
+        pairs: near-duplicate rows of train.
+        sides: ``(N,)`` short sides, px: they decide what embedding makes sense.
+        assign: group numbers to folds.
+        folds, seed: of the assignment.
+        folder: where embeddings are kept.
+
+    Returns:
+        group names ('' = alone), and what was chosen by which embedding.
+    """
+    if test is None:
+        return neighbours.group_names(neighbours.components(len(train.ids), pairs), train.ids), None
+    name = embedding.choose(sides)
+    own, name = embedding.embed_or_pixels(name, train.ids, train.paths, train.prints.tiny, folder)
+    new, _ = embedding.embed_or_pixels(name, test.ids, test.paths, test.prints.tiny, folder)
+    chosen = grouping.choose(own, new, pairs, assign, folds, seed)
+    return neighbours.group_names(chosen.component, train.ids), (chosen, name)
+
+
+def follow(
+    rows: Rows, pairs: Ints, is_old: npt.NDArray[np.bool_], group: list[str], known: dict[str, Any], folder: Path
+) -> list[str]:
+    """Group where there was a manifest before: old samples keep their group, new ones join the nearest, or each other.
+
+    Args:
+        rows: all images.
+        pairs: near-duplicate rows.
+        is_old: ``(N,)`` which rows the earlier manifest had.
+        group: ``(N,)`` their groups then, '' = alone (or new).
+        known: ``cut`` and ``embedding`` of the earlier grouping, if it was chosen by one.
+        folder: where embeddings are kept.
+
+    Returns:
+        ``(N,)`` group names.
+    """
+    component = neighbours.components(len(rows.ids), pairs)
+    looks = neighbours.group_names(component, rows.ids)
+    home: dict[int, str] = {}  # the group that each set of near-duplicates belongs to
+    for row in np.flatnonzero(is_old).tolist():
+        home.setdefault(int(component[row]), group[row] or looks[row])
+    cut = float(known.get("cut", 0))
+    fresh = np.flatnonzero(~is_old)
+    lone: dict[str, str] = {}  # old samples that get company
+    if cut > 0 and len(fresh) and is_old.any():
+        vectors, _ = embedding.embed_or_pixels(str(known["embedding"]), rows.ids, rows.paths, rows.prints.tiny, folder)
+        old = np.flatnonzero(is_old).tolist()
+        names = [group[row] or looks[row] or f"near-{rows.ids[row]}" for row in old]
+        for row, name in zip(fresh.tolist(), grouping.follow(names, vectors[fresh], vectors[old], cut), strict=True):
+            if name and int(component[row]) not in home:
+                home[int(component[row])] = name
+                lone[name.removeprefix("near-")] = name
+    return [
+        (group[row] or looks[row] or lone.get(rows.ids[row], "")) if is_old[row]
+        else home.get(int(component[row])) or looks[row]
+        for row in range(len(rows.ids))
+    ]  # fmt: skip

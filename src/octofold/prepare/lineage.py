@@ -1,0 +1,177 @@
+"""Lineage: what a new manifest takes over from the one before it, and how the two differ.
+
+Old samples keep their fold and group whatever happens around them; new ones go with their group, then where they are
+missing. An image that was re-encoded has new bytes, hence a new id: it is recognised by its looks.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from octofold.data import manifest as manifests
+from octofold.data.manifest import Manifest
+from octofold.errors import UserError
+from octofold.files import atomic
+from octofold.prepare import neighbours
+
+FILE = "fingerprints.npz"
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """Looks of images by id, remembered after the files are gone."""
+
+    ids: npt.NDArray[np.str_]  # (N,) unique
+    phash: npt.NDArray[np.uint64]  # (N,)
+    tiny: npt.NDArray[np.uint8]  # (N, D)
+
+    def save(self, folder: Path) -> None:
+        """Write them beside a manifest, with whatever was remembered there before."""
+        before = read(folder)
+        fresh = ~np.isin(before.ids, self.ids)
+        with atomic(folder / FILE) as temporary:
+            np.savez(
+                temporary,
+                ids=np.concatenate([self.ids, before.ids[fresh]]),
+                phash=np.concatenate([self.phash, before.phash[fresh]]),
+                tiny=np.concatenate([self.tiny, before.tiny[fresh].reshape(-1, self.tiny.shape[1])]),
+            )
+
+
+def read(folder: Path) -> Fingerprints:
+    """Read what is remembered beside a manifest; nothing, if nothing is.
+
+    Raises:
+        UserError: the file is there and is no such file.
+    """
+    if not (folder / FILE).exists():
+        return Fingerprints(np.zeros(0, "U16"), np.zeros(0, np.uint64), np.zeros((0, 0), np.uint8))
+    try:
+        with np.load(folder / FILE) as data:
+            return Fingerprints(data["ids"], data["phash"], data["tiny"])
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise UserError(
+            folder / FILE, expected="fingerprints that prepare wrote", got=str(error), fix="remove it"
+        ) from error
+
+
+def same_looks(gone: Sequence[str], new: Fingerprints, folder: Path) -> dict[str, str]:
+    """Match ids that are gone with new ids whose images look the same: ``{old id: new id}``, one to one.
+
+    Args:
+        gone: ids that no image has any more.
+        new: looks of the images whose ids were not known before.
+        folder: where the looks of the old ones are remembered.
+    """
+    memory = read(folder)
+    old = np.isin(memory.ids, np.array(sorted(gone), dtype=str))
+    if not old.any() or not len(new.ids):
+        return {}
+    ids = np.concatenate([memory.ids[old], new.ids])
+    phash, tiny = np.concatenate([memory.phash[old], new.phash]), np.concatenate([memory.tiny[old], new.tiny])
+    pairs = neighbours.near_pairs(phash, tiny)
+    pairs = pairs[(pairs[:, 0] < old.sum()) & (pairs[:, 1] >= old.sum())]
+    apart = np.abs(tiny[pairs[:, 0]].astype(np.int16) - tiny[pairs[:, 1]]).mean(axis=1)
+    found: dict[str, str] = {}
+    for row in np.argsort(apart, kind="stable"):
+        one, other = (str(ids[place]) for place in pairs[row])
+        if one not in found and other not in found.values():
+            found[one] = other
+    return found
+
+
+def carry(table: pd.DataFrame, previous: Manifest, same: dict[str, str]) -> tuple[npt.NDArray[np.int64], list[str]]:
+    """Folds (-1 where new) and groups ('' where new or alone) that each row had before.
+
+    A sample that was dropped and is back (its drop undone) takes the fold it had then: earlier versions are asked.
+
+    Args:
+        table: the new samples.
+        previous: the manifest before.
+        same: ``{old id: new id}`` of re-encoded images.
+    """
+    fold: dict[str, int] = {}
+    group: dict[str, str] = {}
+    for version in _ancestry(previous):
+        names = [same.get(name, name) for name in version.sample_ids.tolist()]
+        groups = version.table["group"].fillna("").astype(str) if "group" in version.table else [""] * len(names)
+        for name, number, kin in zip(names, version.fold.tolist(), groups, strict=True):
+            if name not in fold:
+                fold[name], group[name] = number, kin
+    ids = table["sample_id"].tolist()
+    return np.array([fold.get(name, -1) for name in ids], np.int64), [group.get(name, "") for name in ids]
+
+
+def _ancestry(manifest: Manifest) -> Iterator[Manifest]:
+    """The manifest and those it was made from, as far as they are kept."""
+    seen: set[str] = set()
+    home = manifest.file.parent if manifest.file else None
+    current: Manifest | None = manifest
+    while current is not None:
+        yield current
+        name = str(current.info.get("previous", ""))
+        path = home / "versions" / name / "manifest.csv" if home and name and name not in seen else None
+        seen.add(name)
+        current = manifests.read(path) if path is not None and path.exists() else None
+
+
+def find_previous(given: Path | None, out: Path, wanted: bool) -> Manifest | None:
+    """The manifest before: the one named, or, where `wanted`, the one that prepare is about to replace."""
+    if given is not None:
+        return manifests.read(given)
+    return manifests.read(out / "manifest.csv") if wanted and (out / "manifest.csv").exists() else None
+
+
+def differences(old: Manifest, new: Manifest, same: dict[str, str]) -> pd.DataFrame:
+    """How two versions differ: ``sample_id, path, change, before, after``, one row per change.
+
+    ``change`` is new, gone, re-encoded, relabelled, moved (its points) or fold.
+    """
+    before = {same.get(str(row["sample_id"]), str(row["sample_id"])): row for row in old.table.to_dict("records")}
+    after = {str(row["sample_id"]): row for row in new.table.to_dict("records")}
+    encoded = {value: key for key, value in same.items()}
+    rows: list[tuple[str, Any, str, str, str]] = []
+    for name, row in before.items():
+        if name not in after:
+            rows.append((name, row["path"], "gone", str(row.get("label", "")), ""))
+    for name, row in after.items():
+        was = before.get(name)
+        if was is None:
+            rows.append((name, row["path"], "new", "", str(row.get("label", ""))))
+            continue
+        if name in encoded:
+            rows.append((name, row["path"], "re-encoded", encoded[name], name))
+        if was.get("label", "") != row.get("label", ""):
+            rows.append((name, row["path"], "relabelled", str(was["label"]), str(row["label"])))
+        points = new.point_columns()
+        if any(
+            was.get(column) != row[column] and not pd.isna([was.get(column), row[column]]).all() for column in points
+        ):
+            rows.append((name, row["path"], "moved", "", ""))
+        if was["fold"] != row["fold"]:
+            rows.append((name, row["path"], "fold", str(was["fold"]), str(row["fold"])))
+    return pd.DataFrame(rows, columns=["sample_id", "path", "change", "before", "after"])
+
+
+def archive(out: Path, new_hash: str) -> Path | None:
+    """Keep a manifest that is about to be replaced by another: copy it to ``versions/<its hash>/``; return where."""
+    path = out / "manifest.csv"
+    try:
+        old = manifests.read(path)
+    except UserError:
+        return None  # nothing there, or nothing that a hash could name
+    if old.hash == new_hash:
+        return None
+    kept = out / "versions" / old.hash[:12]
+    info = {**old.info}
+    Manifest(old.table, old.task, old.classes, old.competition, old.images, info).save(kept / "manifest.csv")
+    if (out / "classes.json").exists():
+        with atomic(kept / "classes.json") as temporary:
+            shutil.copyfile(out / "classes.json", temporary)
+    return kept / "manifest.csv"

@@ -1,0 +1,390 @@
+"""Preparing: labelled images become a manifest with folds, and everything odd about them a list with names.
+
+What is wrong with single images is decided here: unreadable ones are left out, exact copies become one sample, the
+same image under two labels is left out (or stops everything), oddities are kept. All of it is reported by file name.
+Raw data stays raw: decisions of a review are replayed on it, and make a new version of the manifest.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy.stats import ks_2samp
+
+from octofold.commands import Prepare
+from octofold.data import journal
+from octofold.data.manifest import Manifest
+from octofold.errors import UserError, preview
+from octofold.files import ROOT, atomic, existing, write_json
+from octofold.nets import landmarks
+from octofold.prepare import checks, folds, kinship, lineage, neighbours, sources
+from octofold.prepare.findings import Findings, report_pairs, report_shared, settle
+from octofold.prepare.grouping import Grouping
+from octofold.prepare.lineage import Fingerprints
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass
+class Prepared:
+    """What prepare found and made.
+
+    Attributes:
+        manifest: the training samples, with folds.
+        test: the test samples, if any.
+        problems: ``set, file, sample_id, kind, detail, action``, one row per finding.
+        looks, test_looks: of the manifest's rows (of test's), in order: path, brightness, contrast, sharpness, odd …
+        prints: fingerprints of the manifest's rows.
+        pairs: ``(P, 2)`` near-duplicate rows of the manifest.
+        grouping: how ``--group auto`` chose, or None.
+        decided: what became of each decision, or None. changes: how the manifest differs from the one before, or None.
+        summary: numbers worth showing.
+    """
+
+    manifest: Manifest
+    test: Manifest | None
+    problems: pd.DataFrame
+    looks: pd.DataFrame
+    test_looks: pd.DataFrame
+    prints: Fingerprints
+    pairs: Ints
+    grouping: Grouping | None = None
+    decided: pd.DataFrame | None = None
+    changes: pd.DataFrame | None = None
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class _Before:
+    """The manifest before, and which of its images have been re-encoded since."""
+
+    manifest: Manifest | None
+    folder: Path
+    same: dict[str, str] = field(default_factory=dict)
+
+
+def folder_of(config: Prepare) -> Path:
+    """Where prepare writes."""
+    return (config.out or ROOT / "data" / config.competition).absolute()
+
+
+def prepare(config: Prepare) -> Prepared:
+    """Read, look, decide, group and fold; writes nothing but the cache of embeddings.
+
+    Raises:
+        UserError: whatever in the user's files cannot be read one way only; the message names it.
+    """
+    source = read_source(config)
+    found = Findings()
+    old = lineage.find_previous(config.previous, folder_of(config), config.decisions is not None)
+    before = _Before(old, old.file.parent if old and old.file else folder_of(config))
+    table, prints = _samples(config, source, found)
+    if old is not None:
+        fresh = ~np.isin(prints.ids, old.sample_ids)
+        new = Fingerprints(prints.ids[fresh], prints.phash[fresh], prints.tiny[fresh])
+        before.same = lineage.same_looks(sorted(set(old.sample_ids) - set(prints.ids)), new, before.folder)
+        for row in table[table["sample_id"].isin(before.same.values())].itertuples():
+            found.add("train", row, "re-encoded", "looks like an image of the manifest before", "keeps its fold")
+    table, decided = _replay(config, source, table, before)
+    prints = _select(prints, table["sample_id"])
+    pairs = neighbours.near_pairs(prints.phash, prints.tiny)
+    test, test_looks, test_prints = read_test(config, source, found)
+    chosen = _group(config, source, table, prints, pairs, (test, test_prints), before)
+    _fold(config, table, before, found)
+    report_pairs(table, pairs, found)
+    info = {**source.info, "seed": config.seed, "group": config.group}
+    if (swap := landmarks.swap_table(config.swap, source.names)) is not None:
+        info["swap"] = swap
+    if chosen is not None:
+        info["grouping"] = {"cut": chosen[0].chosen.cut, "embedding": chosen[1], "reason": chosen[0].reason}
+    elif old is not None and "grouping" in old.info:
+        info["grouping"] = old.info["grouping"]
+    if test is not None:
+        info |= test.info
+        both = neighbours.near_pairs(
+            np.concatenate([prints.phash, test_prints.phash]), np.concatenate([prints.tiny, test_prints.tiny])
+        )
+        report_shared(table, test.table, both, found)
+    manifest = _manifest(config, source, table, info)
+    made = Prepared(manifest, test, found.table(), table.rename(columns={"file": "path"}), test_looks, prints, pairs,
+                    chosen[0] if chosen else None, decided)  # fmt: skip
+    if old is not None:
+        made.changes = lineage.differences(old, manifest, before.same)
+        info["previous"] = old.info.get("previous", "") if old.hash == manifest.hash else old.hash[:12]
+    made.summary = _summary(made)
+    return made
+
+
+def check(config: Prepare) -> None:
+    """Refuse what can be seen to be wrong before any work or run is begun.
+
+    Raises:
+        UserError: no images named, or a path that is not there.
+    """
+    given = [name for name in ("images", "source", "builtin") if getattr(config, name)]
+    if not given:
+        expected = "--images FOLDER (with --labels CSV, or class folders), --source, or --builtin digits"
+        raise UserError("prepare", expected=expected, got="none of them")
+    if len(given) > 1:
+        raise UserError("prepare", expected="one of --images, --source, --builtin", got=" and ".join(given))
+    if config.source:
+        return  # what it holds is seen when it is there
+    if config.sample_submission is not None and config.test_images is None:
+        raise UserError("--sample_submission", expected="--test_images as well", got="none")
+    if config.task == "keypoints" and config.labels is None and not config.builtin:
+        raise UserError("prepare", expected="--labels CSV with <point>_x, <point>_y columns", got="no --labels")
+    if config.task != "keypoints" and (config.swap or config.test_points):
+        raise UserError("--swap, --test_points", expected="--task keypoints", got=config.task)
+    names = ("images", "labels", "classes", "test_images", "sample_submission", "folds_file", "decisions", "previous",
+             "test_points")  # fmt: skip
+    for name in names:
+        if (path := getattr(config, name)) is not None:
+            existing(path, f"what --{name} names")
+
+
+def read_source(config: Prepare) -> sources.Source:
+    """The labelled images the flags name."""
+    check(config)
+    assert config.images is not None  # check saw to it
+    if config.labels is not None:
+        source = sources.from_csv(config.labels, config.images, config.image_column, config.label_column, config.task)
+    else:
+        source = sources.from_class_folders(config.images)
+    if config.classes is not None and config.task == "classify":
+        source = sources.fix_classes(source, config.classes)
+    if config.task == "classify" and len(source.names) < 2:
+        raise UserError(config.labels or config.images, expected="at least two classes", got=preview(source.names))
+    return source
+
+
+def _targets(source: sources.Source) -> list[str]:
+    return ["label"] if "label" in source.table else [f"{name}_{axis}" for name in source.names for axis in "xy"]
+
+
+def _samples(config: Prepare, source: sources.Source, found: Findings) -> tuple[pd.DataFrame, Fingerprints]:
+    """Look at every labelled image; one row per content that stays, and their fingerprints."""
+    looks = checks.look(source.table["file"].tolist(), source.images, "look at train")
+    table = pd.concat([source.table, looks.table.drop(columns="file")], axis=1)
+    if config.folds_file is not None:
+        table["fold"] = _given_folds(config, config.folds_file, source)
+    if config.decisions is not None and "label" in table:  # an image under two labels, judged since, has one
+        judged = journal.read(config.decisions).decisions().items()
+        said = {name: entry.target for name, entry in judged if entry.target in source.names}
+        torn = table.groupby("sample_id")["label"].transform("nunique") > 1
+        table.loc[torn, "label"] = table["sample_id"][torn].map(said).fillna(table["label"][torn])
+    rows = settle(table, _targets(source), config.conflicts, found)
+    if not len(rows):
+        raise UserError(source.images, expected="readable images", got=f"none of {len(looks.table)}")
+    table = table.iloc[rows].reset_index(names="row")  # where it stands among the user's rows
+    return table, Fingerprints(table["sample_id"].to_numpy(str), looks.phash[rows], looks.tiny[rows])
+
+
+def _given_folds(config: Prepare, path: Path, source: sources.Source) -> Ints:
+    """``(N,)`` the fold of each row by the user's folds file."""
+    table = sources.read_table(path, "folds (CSV image,label,fold)")
+    sources.column(table, "fold", path, "folds_file")
+    name = config.image_column if config.image_column in table else "image"
+    files = source.table["file"]
+    known = dict(zip(source.table["name"], files, strict=True)) | dict(zip(files, files, strict=True))
+    table = table.assign(file=sources.column(table, name, path, "image_column").map(known))
+    if config.label_column in table and "label" in source.table:
+        table["label"] = sources.as_labels(table[config.label_column], str(source.info["label_type"]))
+    labels = source.table["label"].tolist() if "label" in source.table else None
+    return folds.from_file(table.dropna(subset=["file"]), files.tolist(), labels, path)
+
+
+def _replay(
+    config: Prepare, source: sources.Source, table: pd.DataFrame, before: _Before
+) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+    """The table with decisions replayed, and what became of each."""
+    if config.decisions is None:
+        return table, None
+    done = journal.replay(journal.read(config.decisions), table, source.names, before.same)
+    if done.table.empty:
+        raise UserError(config.decisions, expected="some samples left", got="every one dropped")
+    return done.table, done.report
+
+
+def _select(prints: Fingerprints, ids: "pd.Series[str]") -> Fingerprints:
+    place = {name: row for row, name in enumerate(prints.ids.tolist())}
+    rows = np.array([place[name] for name in ids], np.int64)
+    return Fingerprints(prints.ids[rows], prints.phash[rows], prints.tiny[rows])
+
+
+def _group(
+    config: Prepare, source: sources.Source, table: pd.DataFrame, prints: Fingerprints, pairs: Ints,
+    test: tuple[Manifest | None, Fingerprints], before: _Before,
+) -> tuple[Grouping, str] | None:  # fmt: skip
+    """Write ``table["group"]`` ('' where a row stands alone); return how ``auto`` chose, and by which embedding.
+
+    Raises:
+        UserError: no such column.
+    """
+    table["group"] = ""
+    if config.group not in ("auto", "none"):
+        name = config.group if config.group in source.table else f"user_{config.group}"
+        column = name if name in source.table else config.group
+        table["group"] = sources.column(source.table, column, config.labels, "group").str.strip()[table["row"]].tolist()
+    elif config.group == "auto":
+        rows = kinship.Rows(table["sample_id"].tolist(), [source.images / name for name in table["file"]], prints)
+        folder = folder_of(config) / "cache"
+        if before.manifest is not None:
+            fold, group = lineage.carry(table, before.manifest, before.same)
+            known = before.manifest.info.get("grouping", {})
+            table["group"] = kinship.follow(rows, pairs, fold >= 0, group, known, folder)
+            return None
+        labels = table["label"].to_numpy(str) if "label" in table else None
+
+        def assign(part: Ints) -> Ints:
+            return folds.assign(part.astype(str), labels, config.folds, config.seed)
+
+        other = None
+        if test[0] is not None:
+            other = kinship.Rows(test[0].sample_ids.tolist(), test[0].paths, test[1])
+        sides = table[["width", "height"]].min(axis=1).to_numpy()
+        table["group"], chosen = kinship.choose(rows, other, pairs, sides, assign, config.folds, config.seed, folder)
+        return chosen
+    return None
+
+
+def _fold(config: Prepare, table: pd.DataFrame, before: _Before, found: Findings) -> None:
+    """Write ``table["fold"]``: the user's, the manifest's before, or new ones."""
+    groups = np.where(table["group"] == "", table["sample_id"], table["group"]).astype(str)
+    if "fold" not in table:
+        labels = table["label"].to_numpy(str) if "label" in table else None
+        kept = lineage.carry(table, before.manifest, before.same)[0] if before.manifest is not None else None
+        count = config.folds if before.manifest is None else len(before.manifest.folds)
+        if config.holdout is not None and before.manifest is None:
+            table["fold"] = folds.hold_out(groups, labels, config.holdout, config.seed)
+        else:
+            table["fold"] = folds.assign(groups, labels, count, config.seed, kept)
+    crossing = folds.crossing(groups, table["fold"].to_numpy(np.int64))
+    if crossing and config.folds_file is not None and config.group not in ("auto", "none"):
+        raise UserError(
+            config.folds_file,
+            expected=f"each '{config.group}' in one fold",
+            got=f"{len(crossing)} in several: {preview(crossing)}",
+            fix="mend the folds file, or --group none to use it as it is",
+        )
+    for name in crossing:
+        found.group(name)
+
+
+def _manifest(config: Prepare, source: sources.Source, table: pd.DataFrame, info: dict[str, Any]) -> Manifest:
+    columns = ["sample_id", "path", *_targets(source), "group", "fold"]
+    extra = [name for name in source.table.columns if name not in (*columns, "file", "name")]
+    table = table.rename(columns={"file": "path"})[[*columns, "width", "height", *extra]]
+    return Manifest(table, config.task, source.names, config.competition, source.images, info)
+
+
+def read_test(
+    config: Prepare, source: sources.Source, found: Findings
+) -> tuple[Manifest | None, pd.DataFrame, Fingerprints]:
+    """The test manifest (one row per content; `names` lists every id that shares it), its looks and fingerprints.
+
+    Raises:
+        UserError: see `sources.from_test`; a test image that cannot be read.
+    """
+    if config.test_images is None:
+        return (
+            None,
+            pd.DataFrame(),
+            Fingerprints(np.zeros(0, "U16"), np.zeros(0, np.uint64), np.zeros((0, 0), np.uint8)),
+        )
+    given = (config.test_images, config.sample_submission, config.image_column, config.label_column)
+    rows, info = sources.from_test(*given, source.names, config.task)
+    folder = existing(config.test_images, "test images").resolve()
+    looks = checks.look(rows["file"].tolist(), folder, "look at test")
+    table = looks.table.assign(name=rows["name"])
+    broken = table[table["problem"] != ""]
+    if len(broken):
+        raise UserError(
+            folder,
+            expected="test images that can be read",
+            got=f"{len(broken)} cannot: {preview(broken['file'] + ': ' + broken['problem'])}",
+            fix="replace the files, or take their rows out of the sample submission",
+        )
+    for row in table[table["odd"] != ""].itertuples():
+        found.add("test", row, str(row.odd))
+    names: dict[str, list[str]] = {}
+    for name, sample in zip(table["name"], table["sample_id"], strict=True):
+        names.setdefault(sample, []).append(name)
+    first = ~table["sample_id"].duplicated().to_numpy()
+    for row in table[~first].itertuples():
+        found.add("test", row, "copy", f"same bytes as {names[str(row.sample_id)][0]}", "predicted once")
+    kept = table[first].reset_index(drop=True).rename(columns={"file": "path"})
+    kept["names"] = [json.dumps(names[name], ensure_ascii=False) for name in kept["sample_id"]]
+    columns = kept[["sample_id", "path", "names", "width", "height"]]
+    info = {**source.info, **info}
+    if config.test_points is not None:
+        asked = landmarks.read_asked(config.test_points, len(source.names), config.image_column)
+        lost = [name for name in table["name"] if name not in asked]
+        if lost:
+            raise UserError(config.test_points, expected="a row for every test image", got=f"none for {preview(lost)}")
+        columns = columns.assign(points=[json.dumps({n: asked[n] for n in names[s]}) for s in kept["sample_id"]])
+        info |= {"style": landmarks.STYLE, "image_column": config.image_column}
+    test = Manifest(columns, config.task, source.names, config.competition, folder, info)
+    return test, kept, Fingerprints(test.sample_ids, looks.phash[first], looks.tiny[first])
+
+
+def _summary(made: Prepared) -> dict[str, Any]:
+    manifest, problems = made.manifest, made.problems
+    sizes = pd.Series(manifest.groups).value_counts()
+    summary: dict[str, Any] = {
+        "samples": len(manifest.table),
+        "class_count": len(manifest.classes),
+        "folds": len(manifest.folds),
+        "groups": len(sizes),
+        "largest_group": int(sizes.max()),
+        "test_samples": 0 if made.test is None else len(made.test.table),
+        "problems": (problems["set"] + ": " + problems["kind"]).value_counts().to_dict(),
+    }
+    if "label" in manifest.table:
+        counts = pd.crosstab(manifest.table["label"], manifest.table["fold"])
+        summary["classes_missing_in_a_fold"] = [str(name) for name in counts.index[(counts == 0).any(axis=1)]]
+    if made.grouping is not None:
+        summary["grouping"] = made.grouping.reason
+        summary["train_test_auc"] = made.grouping.auc
+    if len(made.test_looks):
+        summary["train_test_differences"] = {  # Kolmogorov-Smirnov: 0 = the same distribution, 1 = nothing in common
+            name: float(ks_2samp(made.looks[name], made.test_looks[name]).statistic)
+            for name in ("width", "height", "brightness", "contrast", "sharpness")
+        }
+    if made.decided is not None:
+        summary["decisions"] = (made.decided["action"] + " " + made.decided["outcome"]).value_counts().to_dict()
+    if made.changes is not None:
+        summary["changes"] = made.changes["change"].value_counts().to_dict()
+    return summary
+
+
+def write(prepared: Prepared, config: Prepare) -> dict[str, Path]:
+    """Write manifest, test manifest, classes and findings; each file whole or not at all, the manifest last."""
+    out = folder_of(config)
+    if config.sample_submission is not None and prepared.test is not None:
+        kept, given = out / "sample_submission.csv", existing(config.sample_submission, "the sample submission")
+        if kept.resolve() != given.resolve():
+            with atomic(kept) as temporary:
+                shutil.copyfile(given, temporary)
+        for manifest in (prepared.manifest, prepared.test):
+            manifest.info["sample_submission"] = kept.name  # beside the manifest
+    paths = {}
+    if archived := lineage.archive(out, prepared.manifest.hash):
+        paths["replaced"] = archived
+    paths["classes"] = write_json(out / "classes.json", list(prepared.manifest.classes))
+    if prepared.test is not None:
+        paths["test"] = prepared.test.save(out / "test.csv")
+    for name in ("problems", "decided", "changes"):
+        table = getattr(prepared, name)
+        if table is not None and not (name == "changes" and table.empty):  # a repeated call keeps what the first said
+            paths[name] = out / f"{name}.csv"
+            with atomic(paths[name]) as temporary:
+                table.to_csv(temporary, index=False)
+    prepared.prints.save(out)
+    paths["report"] = write_json(out / "report.json", prepared.summary)
+    paths["manifest"] = prepared.manifest.save(out / "manifest.csv")
+    return paths

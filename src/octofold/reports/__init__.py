@@ -1,0 +1,1 @@
+"""Reports: where a competition stands, on one page."""

@@ -1,0 +1,88 @@
+"""Boards: public and private scores recorded on the runs that made the submissions, and read back."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from octofold.blend import ledger
+from octofold.errors import UserError
+from octofold.reports.scores import Score, read_history
+from octofold.track import tracking
+
+PUBLIC, PRIVATE = "score/public", "score/private"
+
+
+def record(submission: Path | str, public: float | None, private: float | None, notes: str = "") -> Score:
+    """Write what the boards said on the run that made a submission.
+
+    Args:
+        submission: the CSV, where blend wrote it (its ledger beside it).
+        public, private: scores, or None.
+        notes: anything worth remembering.
+
+    Raises:
+        UserError: no ledger, no score, a score that is not finite, or a run that is gone.
+    """
+    if public is None and private is None:
+        raise UserError("score", expected="--public, --private, or both", got="neither")
+    told = {PUBLIC: public, PRIVATE: private}
+    for name, value in told.items():
+        if value is not None and not math.isfinite(value):
+            raise UserError(name, expected="a number", got=str(value))
+    about = ledger.load(submission).about
+    info = tracking.get_run(about["run_id"])
+    for name, value in told.items():
+        if value is not None:
+            tracking.client().log_metric(info.id, name, value)
+    tags = {"submission_file": Path(submission).name, **({"score.notes": notes} if notes else {})}
+    for key, text in tags.items():
+        tracking.client().set_tag(info.id, key, text)
+    return _score(tracking.get_run(info.id))
+
+
+def import_history(path: Path | str, competition: str, parent: tracking.Run) -> list[Score]:
+    """Record a CSV of past submissions, one run for each; a file that is already there is brought up to date.
+
+    Raises:
+        UserError: see `scores.read_history`.
+    """
+    rows = read_history(path)
+    there = {info.tags.get("submission_file"): info for info in tracking.find_runs(competition, {"entry": "score.row"})}
+    for row in rows:
+        numbers = {PUBLIC: row.public, PRIVATE: row.private}
+        metrics = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        tags = {"submission_file": row.submission, "score.date": row.date, "score.category": row.category,
+                "score.notes": row.notes}  # fmt: skip
+        if info := there.get(row.submission):
+            for name, value in metrics.items():
+                if info.metrics.get(name) != value:
+                    tracking.client().log_metric(info.id, name, value)
+            continue
+        with tracking.run("score.row", None, competition, name=row.submission, tags=tags, parent=parent) as run:
+            run.log_metrics(metrics)
+    return rows
+
+
+def recorded(competition: str) -> list[Score]:
+    """Return every submission of a competition that a board has spoken of, oldest first."""
+    runs = tracking.find_runs(competition)
+    spoken = [info for info in runs if PUBLIC in info.metrics or PRIVATE in info.metrics]
+    return [_score(info) for info in reversed(spoken)]
+
+
+def _score(info: Any) -> Score:
+    def number(name: str) -> float:
+        return float(info.metrics.get(name, math.nan))
+
+    return Score(
+        submission=info.tags.get("submission_file", info.name),
+        public=number(PUBLIC),
+        private=number(PRIVATE),
+        estimate=number("estimate/accuracy") if "estimate/accuracy" in info.metrics else number("estimate/mse"),
+        low=number("estimate/low"),
+        high=number("estimate/high"),
+        date=info.tags.get("score.date", ""),
+        category=info.tags.get("score.category", info.tags.get("method", "")),
+        notes=info.tags.get("score.notes", ""),
+        run_id=info.id,
+    )

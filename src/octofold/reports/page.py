@@ -1,0 +1,378 @@
+"""The page: a competition's facts turned into the numbers of each section. What they look like is `report.html`'s."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from octofold.blend import estimate, shakeup
+from octofold.blend.estimate import Gain, Interval
+from octofold.data.manifest import Manifest
+from octofold.metrics import Metric, calibration_error, confusion
+from octofold.reports import axes
+from octofold.reports.chronicle import Blended, Member, Probed, Tuned, experiments
+from octofold.reports.scores import Score, rank_correlation
+from octofold.track.provenance import git_tags
+
+Array = npt.NDArray[Any]
+REPS = 1000
+MOST = 40
+"""Rows of any list, and classes of the confusion table; the rest is counted."""
+
+
+@dataclass
+class Line:
+    """One row of the leaderboard."""
+
+    name: str
+    kind: str  # blend | member
+    score: Interval | None
+    stage: str = ""
+    weight: float | None = None
+    slots: str = ""
+    when: datetime | None = None
+    note: str = ""
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Facts:
+    """What the page is made of."""
+
+    competition: str
+    manifest: Manifest
+    metric_name: str
+    metric: Metric
+    members: list[Member]
+    blends: list[Blended]
+    tuned: list[Tuned]
+    probed: list[Probed]
+    recorded: list[Score]
+    main: Blended | None
+    blend_oof: Array | None
+    weights: dict[str, float]
+    text: str
+
+    @property
+    def known(self) -> list[Member]:
+        """Members with OOF of every row."""
+        return [member for member in self.members if member.oof is not None]
+
+
+def analyse(facts: Facts, seed: int = 0) -> dict[str, Any]:
+    """Turn facts into the numbers of the page, section by section."""
+    names, values = (
+        ["blend"] if facts.blend_oof is not None else [],
+        [facts.blend_oof] if facts.blend_oof is not None else [],
+    )
+    names += [member.name for member in facts.known]
+    values += [member.oof.values for member in facts.known if member.oof is not None]
+    target, groups = facts.manifest.target, facts.manifest.groups
+    draws = estimate.bootstrap(values, target, groups, facts.metric, REPS, seed) if values else np.empty((0, 0))
+    scores = [facts.metric.score(each, target) for each in values]
+    table = {name: (scores[place], draws[place]) for place, name in enumerate(names)}
+    lines = leaderboard(facts, table)
+    best = values[0] if values else None
+    page: dict[str, Any] = {
+        "competition": facts.competition,
+        "made": datetime.now().astimezone(),
+        "manifest": facts.manifest,
+        "metric": facts.metric_name,
+        "higher_is_better": facts.metric.higher_is_better,
+        "commit": git_tags()["git.commit"][:10],
+        "headline": headline(facts, table),
+        "said": facts.text.splitlines(),
+        "lines": lines[:MOST],
+        "hidden": max(0, len(lines) - MOST),
+        "page_scale": _span(lines[:MOST]),
+        "progress": progress(facts, table),
+        "gains": ablations(facts, table, values),
+        "weights": sorted(facts.weights.items(), key=lambda item: -item[1]),
+        "correlation": correlation(facts, values[-len(facts.known) :] if facts.known else []),
+        "boards": on_boards(facts),
+        "tuned": facts.tuned[-MOST:],
+        "percent": axes.fit([0.0, 100.0]),
+        "unit": axes.Axis(0.0, 1.0, [], 0),
+        "risk": None,
+        "calibration": None,
+        "confusion": None,
+    }
+    if best is not None and facts.manifest.task == "classify":
+        page["risk"] = risk(facts, names, values, seed)
+        page["calibration"] = calibration(best, target)
+        page["confusion"] = confusions(best, target, facts.manifest.classes)
+    page["shown"] = names[0] if names else ""
+    return page
+
+
+def headline(facts: Facts, table: dict[str, tuple[float, Array]]) -> dict[str, Any]:
+    """The numbers of the first screen."""
+    main = facts.main
+    name = facts.metric_name
+    found: dict[str, Any] = {"members": float(len(facts.members)), "samples": float(len(facts.manifest.table))}
+    if main is not None:
+        found |= {
+            "estimate": main.number(f"estimate/{name}", "estimate/accuracy"),
+            "estimate/low": main.number("estimate/low"),
+            "estimate/high": main.number("estimate/high"),
+            "oof": main.number(f"oof/{name}"),
+        }
+    elif table:
+        sign = 1 if facts.metric.higher_is_better else -1
+        found["oof"] = max((score for score, _ in table.values()), key=lambda score: sign * score)
+    return found
+
+
+def leaderboard(facts: Facts, table: dict[str, tuple[float, Array]]) -> list[Line]:
+    """Blends and members, best first; those without comparable OOF at the end, with the reason."""
+    lines = []
+    name = facts.metric_name
+    alike = Counter(map(_kind, facts.blends))
+    newest = {_kind(blended): blended for blended in facts.blends}
+    for blended in newest.values():
+        value = blended.number(f"oof/{name}")
+        low, high = blended.number(f"oof/{name}_low"), blended.number(f"oof/{name}_high")
+        same = blended.manifest_hash == facts.manifest.hash
+        lines.append(
+            Line(
+                name=f"blend {blended.method}" + (" (newest)" if blended is facts.main else ""),
+                kind="blend",
+                score=Interval(value, low, high) if same and math.isfinite(value) else None,
+                slots=f"{sum(key.startswith('member/') for key in blended.numbers)} members, views {blended.views}"
+                + (f", newest of {alike[_kind(blended)]} runs" if alike[_kind(blended)] > 1 else ""),
+                when=blended.when,
+                note="" if same else "another data version",
+                extra={key: blended.number(key) for key in ("estimate/low", "estimate/high")}
+                | {"estimate": blended.number(f"estimate/{name}", "estimate/accuracy")},
+            )
+        )
+    for member in facts.members:
+        score = estimate.interval(*table[member.name]) if member.name in table else None
+        folds, seeds = {slot.fold for slot in member.slots}, {slot.seed for slot in member.slots}
+        lines.append(
+            Line(
+                name=member.name,
+                kind="member",
+                score=score,
+                stage=member.stage,
+                weight=facts.weights.get(member.name),
+                slots=f"{len(folds)} folds, {len(seeds)} seed{'s' * (len(seeds) > 1)}",
+                when=member.when,
+                note=member.missing,
+            )
+        )
+    sign = -1 if facts.metric.higher_is_better else 1
+    return sorted(lines, key=lambda line: (line.score is None, sign * line.score.value if line.score else 0.0))
+
+
+def _kind(blended: Blended) -> tuple[str, ...]:
+    """What tells one blend from another: rule, views, data, and who is in it."""
+    within = sorted(key for key in blended.numbers if key.startswith("member/"))
+    return blended.method, blended.views, blended.manifest_hash, *within
+
+
+def _span(lines: Sequence[Line]) -> axes.Axis:
+    """An axis for the scores that compete; one far off would squeeze all others into a dot, so it is left outside."""
+    scores = [line.score for line in lines if line.score]
+    if not scores:
+        return axes.fit([])
+    best = scores[0].value
+    off = [abs(score.value - best) for score in scores]
+    reach = 8 * max(float(np.median(off)), scores[0].high - scores[0].low)
+    near = [score for score, far in zip(scores, off, strict=True) if far <= reach]
+    return axes.fit([bound for score in near for bound in score])
+
+
+def progress(facts: Facts, table: dict[str, tuple[float, Array]]) -> dict[str, Any] | None:
+    """Scores over time: members, blends, estimates with their intervals, recorded board scores."""
+    name = facts.metric_name
+    points: dict[str, list[tuple[datetime, float]]] = {"member": [], "blend": [], "estimate": [], "recorded": []}
+    whiskers = []
+    for member in facts.members:
+        if member.name in table and member.when:
+            points["member"].append((member.when, table[member.name][0]))
+    for blended in facts.blends:
+        if blended.manifest_hash == facts.manifest.hash and math.isfinite(blended.number(f"oof/{name}")):
+            points["blend"].append((blended.when, blended.number(f"oof/{name}")))
+        value = blended.number(f"estimate/{name}", "estimate/accuracy")
+        if math.isfinite(value):
+            points["estimate"].append((blended.when, value))
+            whiskers.append((blended.when, blended.number("estimate/low"), blended.number("estimate/high")))
+        for key in ("score/public", "score/private"):
+            if math.isfinite(blended.number(key)):
+                points["recorded"].append((blended.when, blended.number(key)))
+    times = [when for series in points.values() for when, _ in series]
+    if len(times) < 2:
+        return None
+    start, span = min(times).timestamp(), max(1.0, max(times).timestamp() - min(times).timestamp())
+    share = {key: [(4 + 92 * (when.timestamp() - start) / span, value) for when, value in sorted(series)]
+             for key, series in points.items()}  # fmt: skip
+    bounds = [value for series in points.values() for _, value in series] + [b for _, *pair in whiskers for b in pair]
+    return {
+        "points": {key: series for key, series in share.items() if series},
+        "best": _running_best(share["member"] + share["blend"], facts.metric.higher_is_better),
+        "whiskers": [(4 + 92 * (when.timestamp() - start) / span, low, high) for when, low, high in whiskers],
+        "axis": axes.robust(bounds, facts.metric.higher_is_better),
+        "first": min(times),
+        "last": max(times),
+    }
+
+
+def _running_best(points: Sequence[tuple[float, float]], higher_is_better: bool) -> list[tuple[float, float]]:
+    best: list[tuple[float, float]] = []
+    for place, value in sorted(points):
+        if not best or (value > best[-1][1]) == higher_is_better and value != best[-1][1]:
+            best += [(place, best[-1][1])] if best else []
+            best.append((place, value))
+    return [*best, (98.0, best[-1][1])] if best else []
+
+
+def ablations(facts: Facts, table: dict[str, tuple[float, Array]], values: Sequence[Array]) -> dict[str, Any]:
+    """Paired comparisons: the blend against simpler choices and without each member, and recipes against each other."""
+    rows: list[tuple[str, str, Gain]] = []
+    by_name = dict(zip(table, values, strict=True))
+    target, groups, metric = facts.manifest.target, facts.manifest.groups, facts.metric
+    within = [name for name in facts.weights if name in by_name]
+    if "blend" in by_name and facts.main is not None and len(within) > 1:
+        fold = facts.manifest.fold
+        stacked = np.stack([by_name[name] for name in within])
+        rivals: dict[str, Array] = {"the plain mean": stacked.mean(axis=0)}
+        rivals["the best single member"] = estimate.best_single(stacked, target, fold, metric)
+        for place, name in enumerate(within[:12]):
+            rest = np.delete(stacked, place, axis=0)
+            rivals[f"without {name}"] = estimate.cross_fit(facts.main.method, rest, target, fold, metric).values
+        everyone = [by_name["blend"], *rivals.values()]
+        draws = estimate.bootstrap(everyone, target, groups, metric, REPS)
+        scores = [metric.score(each, target) for each in everyone]
+        for place, name in enumerate(rivals, start=1):
+            found = estimate.gain(name, draws[0], draws[place], (scores[0], scores[place]), metric)
+            rows.append(
+                ("blend", f"over {name}" if not name.startswith("without") else f"over the blend {name}", found)
+            )
+    for one, other, said in experiments(facts.known)[:12]:
+        mine, theirs = table[one][1], table[other][1]
+        found = estimate.gain(other, mine, theirs, (table[one][0], table[other][0]), metric)
+        rows.append((one, f"over {other}: {said}", found))
+    rows += [(probed.arm, f"over {probed.gain.over}, by probe", probed.gain) for probed in facts.probed[-12:]]
+    bounds = [bound for _, _, found in rows for bound in (found.low, found.high)]
+    return {"rows": rows, "axis": axes.fit(bounds, include=[0.0])}
+
+
+def correlation(facts: Facts, values: Sequence[Array]) -> dict[str, Any] | None:
+    """How alike members err: the correlation of their losses, row by row."""
+    if len(facts.known) < 2:
+        return None
+    target = facts.manifest.target
+    rows = []
+    for each in values[:MOST]:
+        if facts.manifest.task == "classify":
+            rows.append(-np.log(each[np.arange(len(target)), target].clip(1e-7)))
+        else:
+            rows.append(np.sqrt(np.nanmean((each - target) ** 2, axis=(1, 2))))
+    table = np.corrcoef(np.nan_to_num(np.array(rows)))
+    wrong = None
+    if facts.manifest.task == "classify":
+        missed = np.array([each.argmax(axis=1) != target for each in values[:MOST]])
+        wrong = {"all": float(missed.all(axis=0).mean()), "any": float(missed.any(axis=0).mean())}
+    return {"names": [member.name for member in facts.known[:MOST]], "table": table.tolist(), "wrong": wrong}
+
+
+def risk(facts: Facts, names: Sequence[str], values: Sequence[Array], seed: int) -> dict[str, Any]:
+    """Accuracy against the share of rows kept, surest first; and public minus private by chance."""
+    target, probs = facts.manifest.target, values[0]
+    right = (probs.argmax(axis=1) == target)[np.argsort(-probs.max(axis=1), kind="stable")]
+    kept = np.unique(np.linspace(max(1, len(right) // 50), len(right), 60).astype(int))
+    curve = [(100 * count / len(right), float(right[:count].mean())) for count in kept]
+    share = float(facts.main.settings.get("public_share", 0.3)) if facts.main else 0.3
+    some = slice(0, 4)
+    truth = np.eye(probs.shape[1], dtype=np.float32)[target]
+    worlds = shakeup.draw(
+        list(values[some]),
+        list(names[some]),
+        truth,
+        facts.metric,
+        share,
+        facts.manifest.groups,
+        resample=True,
+        reps=400,
+        seed=seed,
+    )
+    gap = worlds.public[0] - worlds.private[0]
+    counts, edges = np.histogram(gap, bins=24)
+    return {
+        "curve": curve,
+        "axis": axes.fit([accuracy for _, accuracy in curve], include=[1.0]),
+        "share": share,
+        "gap": worlds.gap,
+        "bars": list(zip(edges[:-1].tolist(), edges[1:].tolist(), (counts / counts.max()).tolist(), strict=True)),
+        "gap_axis": axes.fit(edges.tolist(), include=[0.0]),
+        "flips": [(name, worlds.flips(0, place)) for place, name in enumerate(worlds.names) if place],
+        "regret": worlds.regret,
+        "unsure": float((probs.max(axis=1) < 0.5).mean()),
+    }
+
+
+def calibration(probs: Array, target: Array, bins: int = 10) -> dict[str, Any]:
+    """Confidence against accuracy in bins of equal width, with 95 % binomial intervals (Wilson 1927)."""
+    confidence, right = probs.max(axis=1), probs.argmax(axis=1) == target
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    rows = []
+    for number in np.unique(place):
+        mine = place == number
+        count, share = int(mine.sum()), float(right[mine].mean())
+        middle = (share + 1.92 / count) / (1 + 3.84 / count)
+        half = 1.96 / (1 + 3.84 / count) * math.sqrt(share * (1 - share) / count + 0.96 / count**2)
+        rows.append((float(confidence[mine].mean()), share, max(0.0, middle - half), min(1.0, middle + half), count))
+    gap = float(confidence.mean() - right.mean())
+    return {"rows": rows, "ece": calibration_error(probs, target), "gap": gap, "axis": axes.fit([0.0, 1.0])}
+
+
+def confusions(probs: Array, target: Array, classes: Sequence[str]) -> dict[str, Any]:
+    """The table of truth against prediction, and its largest wrong cells."""
+    table = confusion(probs.argmax(axis=1), target, len(classes))
+    wrong = table * (1 - np.eye(len(classes), dtype=table.dtype))
+    total = int(wrong.sum())
+    order = np.argsort(-wrong, axis=None)[: min(8, int((wrong > 0).sum()))]
+    pairs = [(classes[flat // len(classes)], classes[flat % len(classes)], int(wrong.flat[flat])) for flat in order]
+    both = wrong + wrong.T
+    top = divmod(int(np.triu(both).argmax()), len(classes))
+    share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
+    sure = (probs.max(axis=1) > 0.9) & (probs.argmax(axis=1) != target)
+    return {
+        "classes": list(classes),
+        "table": table.tolist() if len(classes) <= MOST else None,
+        "share": share.tolist(),
+        "pairs": pairs,
+        "errors": total,
+        "top": (classes[top[0]], classes[top[1]], float(both[top] / max(1, total))),
+        "sure": int(sure.sum()),
+    }
+
+
+def on_boards(facts: Facts) -> dict[str, Any]:
+    """Estimates beside what the boards said, how often the interval held it, and public against private."""
+    told = facts.recorded
+    rows = []
+    for score in told:
+        truth = score.private if math.isfinite(score.private) else score.public
+        rows.append(
+            {"score": score, "has_estimate": math.isfinite(score.estimate), "inside": score.low <= truth <= score.high}
+        )
+    bounds = [bound for score in told for bound in (score.low, score.high, score.public, score.private)]
+    pairs = [(score.public, score.private) for score in told]
+    both = [(public, private) for public, private in pairs if math.isfinite(public) and math.isfinite(private)]
+    return {
+        "rows": rows[:MOST],
+        "axis": axes.fit(bounds),
+        "inside": sum(row["inside"] for row in rows),
+        "judged": sum(row["has_estimate"] for row in rows),
+        "pairs": both,
+        "public_axis": axes.fit([public for public, _ in both]),
+        "private_axis": axes.fit([private for _, private in both]),
+        "correlation": rank_correlation(*zip(*both, strict=True)) if len(both) > 2 else math.nan,
+    }

@@ -1,0 +1,78 @@
+"""The report: one page that says where a competition stands, how sure that is, and what to do next.
+
+Everything is read back from MLflow; the page holds no script and asks for nothing from the network. Markup, styles and
+charts are in ``report.html``, the numbers in `page`.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from octofold.commands import Report
+from octofold.data import manifest
+from octofold.files import ROOT, write_text
+from octofold.metrics import METRICS
+from octofold.reports import advice, boards, chronicle
+from octofold.reports.page import Facts, analyse
+from octofold.track import tracking
+
+
+def write(config: Report, run: tracking.Run) -> dict[str, Any]:
+    """Make the page; return what the entry point prints.
+
+    Raises:
+        UserError: no manifest, or nothing trained yet.
+    """
+    facts = collect(config)
+    page = analyse(facts, config.seed)
+    page["advice"] = advice.next_steps(page, facts)
+    out = config.out or ROOT / "runs" / "report" / config.competition
+    path = write_text(out / "report.html", render(page))
+    run.log_artifact(path)
+    run.set_tags({"manifest_hash": facts.manifest.hash})
+    shown = {key: value for key, value in page["headline"].items() if isinstance(value, float) and math.isfinite(value)}
+    run.log_metrics(shown)
+    return {"run_id": run.id, "report": path, **shown}
+
+
+def render(page: dict[str, Any]) -> str:
+    """Fill the template; every text is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters["signed"] = lambda value: f"{value:+.4f}"
+    environment.filters["day"] = lambda when: when.strftime("%Y-%m-%d %H:%M") if when else ""
+    return environment.get_template("report.html").render(page)
+
+
+def collect(config: Report) -> Facts:
+    """Read the competition back from MLflow.
+
+    Raises:
+        UserError: the manifest is missing, or the metric is of the other task.
+    """
+    table = manifest.read(config.manifest or ROOT / "data" / config.competition / "manifest.csv")
+    blends = chronicle.blends(config.competition)
+    main = next((blended for blended in reversed(blends) if blended.manifest_hash == table.hash), None)
+    name = config.metric or (main.settings.get("metric", "") if main else "")
+    name = name if name in METRICS and METRICS[name].task == table.task else ""
+    name = name or ("accuracy" if table.task == "classify" else "mse")
+    views = chronicle.common_views(config.competition, main.views if main else "")
+    oof = chronicle.blend_oof(main, table) if main else None
+    return Facts(
+        competition=config.competition,
+        manifest=table,
+        metric_name=name,
+        metric=METRICS[name],
+        members=chronicle.members(config.competition, table, views),
+        blends=blends,
+        tuned=chronicle.studies(config.competition),
+        probed=chronicle.probes(config.competition),
+        recorded=boards.recorded(config.competition),
+        main=main,
+        blend_oof=oof.values if oof is not None else None,
+        weights=chronicle.blend_weights(main) if main else {},
+        text=chronicle.blend_text(main, "report.txt") if main else "",
+    )

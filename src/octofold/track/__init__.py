@@ -1,0 +1,1 @@
+"""Track: the MLflow store, its runs, the registry, and promotion. Start reading at `tracking`."""

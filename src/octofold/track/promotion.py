@@ -1,0 +1,285 @@
+"""Promotion: a member's slots move to a stage, behind a gate, with an audit trail and a way back.
+
+Before anything moves, the run that promotes gets ``promotion.json``: what each slot was and what it shall be. So a
+promotion that was cut can be finished by the same command, or undone by ``--rollback``, to exactly what was before.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from octofold.errors import UserError, preview, redact
+from octofold.track import registry, tracking, versions
+from octofold.track.registry import LEGACY, Slot, marker
+from octofold.track.store import uri
+
+log = logging.getLogger("octofold")
+STATE = "promotion.state"
+"""Tag of an audited run: ``started``, ``done``, ``unchanged``, ``superseded`` by the one that finished it, or
+``rolled_back``."""
+AUDIT = "promotion.json"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the versions of one registered model stand: all that a promotion may change.
+
+    Attributes:
+        aliases: version by alias (`staging`, `production`), of those that are set.
+        records: what `promote` last set, by stage.
+        stages: legacy stage of each version that is not in "None".
+    """
+
+    aliases: dict[str, int] = field(default_factory=dict)
+    records: dict[str, str] = field(default_factory=dict)
+    stages: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Move:
+    """One slot's step: from `before` to `after`, putting `version` in the stage in place of `replaced`."""
+
+    name: str
+    member: str
+    version: int | None
+    replaced: int | None
+    before: Place
+    after: Place
+
+    def __str__(self) -> str:
+        new, old = (f"version {number}" if number else "nothing" for number in (self.version, self.replaced))
+        return f"{self.name}: {new} replaces {old}" if new != old else f"{self.name}: {new} stays"
+
+
+def promote(
+    run: tracking.Run,
+    competition: str,
+    member: str,
+    stage: str,
+    *,
+    manifest_hash: str | None,
+    all_folds: Sequence[int] | None,
+    folds: Sequence[int] | None = None,
+    seeds: Sequence[int] | None = None,
+    force: bool = False,
+) -> list[Move]:
+    """Move the latest version of each of a member's slots to `stage`, and say what it replaced.
+
+    Args:
+        run: the MLflow run that keeps the audit trail.
+        competition: name of the problem.
+        member: recipe name; empty = every member.
+        stage: ``staging`` or ``production``.
+        manifest_hash: of the manifest at hand; None = there is none.
+        all_folds: its folds; None = there is no manifest.
+        folds: only these.
+        seeds: only these.
+        force: go through the gate although folds are missing or data differ.
+
+    Raises:
+        UserError: no such member, or the gate stays shut.
+    """
+    found = registry.slots(competition, [member] if member else None)
+    if not found:
+        raise UserError(
+            f"member '{member}' of {competition}" if member else f"competition '{competition}'",
+            expected="registered fold models",
+            got=f"none in {redact(uri())}; members there: {preview(registry.slots(competition)) or 'none'}",
+            fix="train it first, or set MLFLOW_TRACKING_URI to the store it was trained in",
+        )
+    latest = [versions_[-1] for group in found.values() for versions_ in group.values() if versions_]
+    chosen = [
+        slot
+        for slot in latest
+        if (folds is None or slot.fold in folds) and (seeds is None or slot.seed in seeds)
+    ]  # fmt: skip
+    for name in sorted(found):
+        check(name, [slot for slot in chosen if slot.member == name], stage, manifest_hash, all_folds, seeds, force)
+    moves = [_plan(slot, stage, place) for slot, place in zip(chosen, _places(chosen), strict=True)]
+    moves = _since_unfinished(competition, stage, moves)
+    _begin(run, stage, moves)
+    _apply(moves)
+    for slot in chosen:
+        versions.set_version_tags(slot.name, slot.version, {f"promotion.{stage}": run.id})
+    run.set_tags({STATE: "done" if any(move.before != move.after for move in moves) else "unchanged"})
+    return moves
+
+
+def check(
+    member: str,
+    slots: Sequence[Slot],
+    stage: str,
+    manifest_hash: str | None,
+    all_folds: Sequence[int] | None,
+    seeds: Sequence[int] | None,
+    force: bool,
+) -> None:
+    """The gate: every fold with every seed, trained on the data at hand, by one recipe.
+
+    Raises:
+        UserError: something is missing or differs, and `force` is not set.
+    """
+    wrong = []
+    there = {(slot.fold, slot.seed) for slot in slots}
+    every_seed = sorted(set(seeds) if seeds is not None else {seed for _, seed in there})
+    needed = {(fold, seed) for fold in all_folds or sorted({fold for fold, _ in there}) for seed in every_seed or [0]}
+    if missing := sorted(needed - there):
+        named = preview([f"fold {fold} seed {seed}" for fold, seed in missing])
+        wrong.append((f"all {len(needed)} slots trained", f"missing: {named}", "train the missing ones"))
+    if manifest_hash is None:
+        wrong.append(
+            ("a manifest to compare with", "none", f"run prepare, so that data/…/manifest.csv of {member} is there")
+        )
+    odd = [slot for slot in slots if manifest_hash is not None and slot.manifest_hash != manifest_hash]
+    if odd:
+        got = f"{odd[0].name} version {odd[0].version} from manifest {odd[0].manifest_hash[:12] or 'unknown'}"
+        wrong.append((f"manifest {(manifest_hash or '')[:12]}", got, "train it again on the manifest at hand"))
+    if len({slot.classes_hash for slot in slots}) > 1:
+        wrong.append(("one class order", "slots that differ in it", "train the member again"))
+    if len({slot.recipe_hash for slot in slots}) > 1:
+        wrong.append(("one recipe", "slots trained by different recipes", "train the rest again, or rename the member"))
+    if not slots:
+        raise UserError(f"member '{member}'", expected="slots among those folds and seeds", got="none")
+    if wrong and not force:
+        raise UserError(
+            f"gate of {stage}: member '{member}'",
+            expected="; ".join(expected for expected, _, _ in wrong),
+            got="; ".join(got for _, got, _ in wrong),
+            fix=f"{wrong[0][2]}, or promote all the same with --force",
+        )
+    for expected, got, _ in wrong:
+        log.warning("--force: member '%s': expected %s, got %s", member, expected, got)
+
+
+def rollback(run: tracking.Run, competition: str, member: str, stage: str) -> list[Move]:
+    """Undo the last promotion to `stage` (of `member`, or whichever was last), exactly; again undoes the one before.
+
+    Raises:
+        UserError: nothing to undo, or somebody moved things since by hand.
+    """
+    done = _audits(competition, stage, ("started", "done"))
+    entries = [(info, _moves_of(info.id)) for info in done]
+    fitting = [(info, moves) for info, moves in entries if not member or member in {move.member for move in moves}]
+    if not fitting:
+        raise UserError(
+            f"rollback of {stage}",
+            expected=f"an earlier promotion of {member or 'any member'} in {competition}",
+            got="none that is not rolled back already",
+        )
+    info, moves = fitting[0]
+    mine = [move for move in moves if not member or move.member == member]
+    for move, now in zip(mine, _places_of([move.name for move in mine]), strict=True):
+        expected = (move.after.aliases.get(stage), move.before.aliases.get(stage))  # the latter if a rollback was cut
+        if now.aliases.get(stage) not in expected:
+            raise UserError(
+                f"{move.name}, {stage}",
+                expected=f"version {move.version}, as promoted by run {info.id}",
+                got=f"version {now.aliases.get(stage, 'none')}, moved since",
+                fix="promote or move it by hand; a rollback would undo somebody else's choice",
+            )
+    back = [Move(m.name, m.member, m.replaced, m.version, before=m.after, after=m.before) for m in mine]
+    run.set_tags({"rollback.of": info.id, "rollback.stage": stage})
+    run.log_dict({"rolled_back": info.id, "moves": [asdict(move) for move in back]}, "rollback.json")
+    _apply(back)
+    rest = [move for move in moves if move not in mine]
+    api = tracking.client()
+    if rest:  # a partial rollback leaves the other members' way back open
+        api.log_dict(info.id, {"stage": stage, "moves": [asdict(move) for move in rest]}, AUDIT)
+    else:
+        api.set_tag(info.id, STATE, "rolled_back")
+    return back
+
+
+def _plan(slot: Slot, stage: str, before: Place) -> Move:
+    """What the slot's registered model shall look like after `slot.version` moved to `stage`."""
+    version, own = str(slot.version), LEGACY[stage]
+    aliases = {**before.aliases, stage: slot.version}
+    records = {**before.records, stage: version}
+    stages = {name: ("Archived" if kept == own else kept) for name, kept in before.stages.items()}
+    if stage == "production" and before.aliases.get("staging") == slot.version:
+        del aliases["staging"]  # it moves on
+        records["staging"] = ""
+    if not (stage == "staging" and before.stages.get(version) == LEGACY["production"]):
+        stages[version] = own
+    else:
+        stages[version] = LEGACY["production"]  # one version in both: MLflow has room for one legacy stage
+    return Move(
+        slot.name, slot.member, slot.version, before.aliases.get(stage), before, Place(aliases, records, stages)
+    )
+
+
+def _places(slots: Sequence[Slot]) -> list[Place]:
+    return _places_of([slot.name for slot in slots])
+
+
+def _places_of(names: Sequence[str]) -> list[Place]:
+    """Read where things stand, for each registered model asked for."""
+    models = {model.name: model for model in versions.registered_models(os.path.commonprefix(list(names)))}
+    stages: dict[str, dict[str, str]] = {}
+    for version in versions.versions_of(names):
+        if version.current_stage != "None":
+            stages.setdefault(version.name, {})[str(version.version)] = version.current_stage
+    found = []
+    for name in names:
+        model = models.get(name) or versions.registered_model(name)
+        records = {
+            stage: model.tags[marker(stage)] for stage in ("staging", "production") if marker(stage) in model.tags
+        }
+        aliases = {alias: int(version) for alias, version in model.aliases.items() if alias in LEGACY}
+        found.append(Place(aliases, records, stages.get(name, {})))
+    return found
+
+
+def _apply(moves: Sequence[Move]) -> None:
+    """Write the places that differ: alias first (the truth), then the mirror, then the record of both."""
+    for move, now in zip(moves, _places_of([move.name for move in moves]), strict=True):
+        to = move.after
+        for alias in sorted(set(now.aliases) | set(to.aliases)):
+            if now.aliases.get(alias) != to.aliases.get(alias):
+                versions.set_alias(move.name, alias, to.aliases.get(alias))
+        for version in sorted(set(now.stages) | set(to.stages), key=lambda text: (to.stages.get(text, ""), int(text))):
+            if now.stages.get(version, "None") != to.stages.get(version, "None"):
+                versions.set_stage(move.name, int(version), to.stages.get(version, "None"))
+        for stage in sorted(set(now.records) | set(to.records)):
+            if now.records.get(stage, "") != to.records.get(stage, "") and versions.has_stages():
+                versions.set_model_tag(move.name, marker(stage), to.records.get(stage, ""))
+        log.info("%s", move)
+
+
+def _begin(run: tracking.Run, stage: str, moves: Sequence[Move]) -> None:
+    """Write the audit entry before anything moves."""
+    run.log_dict({"stage": stage, "moves": [asdict(move) for move in moves]}, AUDIT)
+    run.set_tags({
+        "promotion.stage": stage,
+        "promotion.members": ", ".join(sorted({move.member for move in moves})),
+        STATE: "started",
+    })  # fmt: skip
+
+
+def _audits(competition: str, stage: str, states: Sequence[str]) -> list[tracking.RunInfo]:
+    found = tracking.find_runs(competition, {"promotion.stage": stage})
+    return [info for info in found if info.tags.get(STATE) in states]
+
+
+def _moves_of(run_id: str) -> list[Move]:
+    stored: Any = json.loads(tracking.download(run_id, AUDIT).read_text(encoding="utf-8"))
+    return [
+        Move(**{**move, "before": Place(**move["before"]), "after": Place(**move["after"])}) for move in stored["moves"]
+    ]
+
+
+def _since_unfinished(competition: str, stage: str, moves: list[Move]) -> list[Move]:
+    """A promotion that was cut half way is finished now: its "before" is the one to come back to."""
+    was: dict[str, Move] = {}
+    for info in _audits(competition, stage, ("started",)):
+        earlier = _moves_of(info.id)
+        if {move.name for move in earlier} <= {move.name for move in moves}:
+            was |= {move.name: move for move in earlier}
+            tracking.client().set_tag(info.id, STATE, "superseded")
+    return [
+        Move(m.name, m.member, m.version, was[m.name].replaced, was[m.name].before, m.after) if m.name in was else m
+        for m in moves
+    ]

@@ -1,0 +1,270 @@
+"""Members: a recipe over folds and seeds, one parent run, one child run and one registered version per slot.
+
+Whatever is interrupted goes on: a run is found again by its tags (recipe, manifest, slot), and each step of filling a
+slot may be repeated without leaving a second trace.
+"""
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+
+from octofold import compute, plots
+from octofold.commands import Train
+from octofold.compute import Devices, device_setup
+from octofold.data import manifest
+from octofold.data.manifest import Manifest
+from octofold.files import ROOT, existing
+from octofold.infer import serving
+from octofold.nets import gallery
+from octofold.nets.models import read_card
+from octofold.nets.tasks import make_task
+from octofold.predictions import Predictions, average, concatenate
+from octofold.recipe import Recipe
+from octofold.track import promotion, registry, tracking
+from octofold.track.tracking import RunInfo
+from octofold.train import checkpoint, interrupt, training
+from octofold.workers import Job
+
+log = logging.getLogger("octofold")
+
+
+def train(config: Train) -> dict[str, Any]:
+    """Train, track and register every slot of a member.
+
+    Returns:
+        ``run_id`` of the parent, ``member``, ``slots`` with their registered versions, and the headline metrics.
+
+    Raises:
+        UserError: an unfinished slot of another recipe, manifest or code; a diverging loss; a missing file.
+    """
+    table = manifest.read(config.manifest)
+    recipe = Recipe(**{name: getattr(config, name) for name in Recipe.model_fields})
+    folds = manifest.check_folds(table, config.folds)
+    jobs = [(fold, seed) for seed in config.seeds for fold in folds]
+    tags = _tags(recipe, table)
+    devices = device_setup(recipe.runtime.device, recipe.runtime.threads)
+    if not devices.is_main:
+        _accompany(recipe, table, devices)
+    for smell in recipe.smells():
+        log.warning("%s: %s", recipe.member, smell)
+    for fold, seed in jobs:
+        _check_unfinished(config, recipe, table, fold, seed)
+    interrupt.clear([_member_folder(table, recipe), *(_folder(table, recipe, *job) for job in jobs)])
+    known = None if config.restart else _latest(tags | {"entry": "train"}, table)
+    with tracking.run("train", config, table.competition, recipe.member, tags, resume_id=known) as parent:
+        parent.log_dataset(table.table, table.competition, "training", str(table.file))
+        if known is None:
+            for name, figure in gallery.draw(recipe, table).items():
+                parent.log_figure(figure, f"augment/{name}.png")
+        _fill_side_by_side(config, recipe, table, jobs, parent, devices)
+        parts: dict[int, list[dict[str, Predictions]]] = {}
+        versions = []
+        for fold, seed in jobs:
+            oof, version = _fill(config, recipe, table, fold, seed, parent, tags, devices)
+            parts.setdefault(seed, []).append(oof)
+            versions.append(version)
+        devices.from_main(None)  # nothing more for the processes that accompany
+        metrics = _score(recipe, table, parts, parent)
+        log_once(parent, metrics, 0)
+        if config.stage:
+            promotion.promote(
+                parent, table.competition, recipe.member, config.stage, manifest_hash=table.hash, all_folds=table.folds
+            )
+    return {"run_id": parent.id, "member": recipe.member, "slots": versions, **metrics}
+
+
+def _accompany(recipe: Recipe, table: Manifest, devices: Devices) -> NoReturn:
+    """In the other processes of an `accelerate launch`: train the slots that the main one says, speak to nobody."""
+    while (job := devices.from_main(None)) is not None:
+        fold, seed = job
+        folder, start = _folder(table, recipe, fold, seed), _start(recipe, fold, seed)
+        training.train_slot(recipe, table, fold, seed, folder, lambda *_: None, devices, start)
+    raise SystemExit(0)
+
+
+def _fill_side_by_side(
+    config: Train,
+    recipe: Recipe,
+    table: Manifest,
+    jobs: Sequence[tuple[int, int]],
+    parent: tracking.Run,
+    devices: Devices,
+) -> None:
+    """Fill the slots that are not filled yet in several processes, here or on a cluster, if that was asked for."""
+    if config.executor == "local" and (config.parallel or compute.bearable(torch.cuda.device_count())) == 1:
+        return
+    if devices.world > 1 or recipe.overfit:
+        return  # an `accelerate launch` shares each slot instead; an overfitting probe is one slot
+    todo = [
+        job
+        for job in jobs
+        if _filled(_runs(config, recipe, table, *job, parent.id), _folder(table, recipe, *job)) is None
+    ]
+    settings = config.model_dump(mode="json") | {"manifest": str(table.file)}
+    named = [Job(f"{recipe.member} f{fold} s{seed}", (settings, fold, seed, parent.id)) for fold, seed in todo]
+    compute.map_jobs(fill_job, named, config.executor, config.parallel, recipe.runtime.threads, title="slots")
+
+
+def fill_job(settings: dict[str, Any], fold: int, seed: int, parent_id: str) -> str:
+    """Fill one slot in a process of its own; return its registered name and version. Bears being begun again."""
+    config = Train.model_validate(settings)
+    table = manifest.read(config.manifest)
+    recipe = Recipe(**{name: getattr(config, name) for name in Recipe.model_fields})
+    devices = device_setup(recipe.runtime.device, recipe.runtime.threads)
+    return _fill(config, recipe, table, fold, seed, parent_id, _tags(recipe, table), devices)[1]
+
+
+def _tags(recipe: Recipe, table: Manifest) -> dict[str, str]:
+    return {
+        "member": recipe.member,
+        "recipe_hash": checkpoint.recipe_hash(recipe),
+        "manifest_hash": table.hash,
+    }
+
+
+def _member_folder(table: Manifest, recipe: Recipe) -> Path:
+    return ROOT / "mlruns" / "work" / table.competition / recipe.member
+
+
+def _folder(table: Manifest, recipe: Recipe, fold: int, seed: int) -> Path:
+    return _member_folder(table, recipe) / f"f{fold}.s{seed}"
+
+
+def _check_unfinished(config: Train, recipe: Recipe, table: Manifest, fold: int, seed: int) -> None:
+    """Refuse, before any run is opened, a slot that was begun with another recipe, manifest or code."""
+    folder = _folder(table, recipe, fold, seed)
+    if config.restart and folder.exists():
+        shutil.rmtree(folder)
+    if (folder / "identity.json").exists():
+        checkpoint.claim(folder, checkpoint.identity(recipe, table.hash, fold, seed, _start(recipe, fold, seed)))
+
+
+def _start(recipe: Recipe, fold: int, seed: int) -> Path | None:
+    """The file or checkpoint folder a slot's training starts from, if the recipe names one.
+
+    ``{fold}`` and ``{seed}`` in `model.weights` become the slot's, so that each fold goes on from a model that has not
+    seen its held-out rows either.
+    """
+    place = recipe.model.weights.replace("{fold}", str(fold)).replace("{seed}", str(seed))
+    if place in ("none", "pretrained", "package"):
+        return None
+    if place.startswith("models:/"):
+        return registry.find_checkpoint(tracking.fetch_uri(place, f"model.weights: {place}"))
+    return existing(place, "weights (.safetensors, .pth, .pt, or a checkpoint folder)")
+
+
+def _latest(tags: Mapping[str, str], table: Manifest) -> str | None:
+    """Id of the newest run with these tags."""
+    found = tracking.find_runs(table.competition, tags)
+    return found[0].id if found else None
+
+
+def _runs(config: Train, recipe: Recipe, table: Manifest, fold: int, seed: int, parent_id: str) -> list[RunInfo]:
+    """The slot's runs, newest first; if all shall be trained anew, only those of this very call."""
+    tags = _tags(recipe, table) | {"entry": "train.slot", "fold": str(fold), "seed": str(seed)}
+    found = tracking.find_runs(table.competition, tags)
+    return [run for run in found if not config.restart or run.tags.get("mlflow.parentRunId") == parent_id]
+
+
+def _filled(runs: Sequence[RunInfo], folder: Path) -> RunInfo | None:
+    """The run that filled the slot; while its work folder stands, the slot counts as unfinished."""
+    done = bool(runs) and runs[0].status == "FINISHED" and "registered" in runs[0].tags and not folder.exists()
+    return runs[0] if done else None
+
+
+def _fill(
+    config: Train,
+    recipe: Recipe,
+    table: Manifest,
+    fold: int,
+    seed: int,
+    parent: tracking.Run | str,
+    tags: dict[str, str],
+    devices: Devices,
+) -> tuple[dict[str, Predictions], str]:
+    """Fill one slot, unless it is filled; return its OOF by views, and its registered name and version."""
+    folder = _folder(table, recipe, fold, seed)
+    parent_id = parent if isinstance(parent, str) else parent.id
+    known = _runs(config, recipe, table, fold, seed, parent_id)
+    if (done := _filled(known, folder)) is not None:
+        log.info("fold %d seed %d: already trained (%s)", fold, seed, done.tags["registered"])
+        return _stored_oof(done.id), done.tags["registered"]
+    name = f"{recipe.member} f{fold} s{seed}"
+    mine = tags | {"fold": str(fold), "seed": str(seed)}
+    resume = known[0].id if known and (folder.exists() or known[0].status != "FINISHED") else None
+    with tracking.run("train.slot", config, table.competition, name, mine, parent, resume) as run:
+        seen = run.metric_steps("train/loss") if resume else set()
+
+        def report(epoch: int, metrics: dict[str, float]) -> None:
+            shown = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
+            log.info("%s epoch %d: %s", name, epoch, shown)
+            if epoch not in seen:
+                run.log_metrics(metrics, step=epoch)
+
+        devices.from_main((fold, seed))
+        result = training.train_slot(recipe, table, fold, seed, folder, report, devices, _start(recipe, fold, seed))
+        for extra in ("profile", "tensorboard"):
+            if (folder / extra).is_dir():
+                run.log_artifacts(folder / extra, extra)
+        version = "" if recipe.overfit else _register(run, result, fold, seed, tags["recipe_hash"])
+        if resume and parent_id != tracking.get_run(run.id).tags.get("mlflow.parentRunId"):
+            run.set_tags({"mlflow.parentRunId": parent_id})
+    # Last of all: while the folder stands, the slot counts as unfinished, and every step above bears repeating.
+    rubbish = folder.with_name(f".{folder.name}.done")
+    shutil.rmtree(rubbish, ignore_errors=True)
+    folder.replace(rubbish)
+    shutil.rmtree(rubbish)
+    return result.oof, version
+
+
+def _register(run: tracking.Run, result: training.SlotResult, fold: int, seed: int, recipe_hash: str) -> str:
+    """Log a finished slot's artifacts and metrics, and register its model; repeating it changes nothing."""
+    card = read_card(result.model_folder)
+    log_once(run, result.metrics, 0)
+    run.log_params({f"runtime.{key}": card.info[key] for key in ("precision", "channels_last", "compile", "threads")})
+    folder = result.model_folder.parent
+    run.log_artifacts(folder / "oof", "oof")
+    run.log_artifact(folder / "history.csv")
+    marks = result.history.index[result.history["phase"] != result.history["phase"].shift()].tolist()[1:]
+    run.log_figure(
+        plots.curves(result.history.drop(columns="phase"), marks=marks, title=f"fold {fold} seed {seed}"), "curves.png"
+    )
+    slot = registry.register_slot(run, serving.pack_slot(result.model_folder, folder), {"recipe_hash": recipe_hash})
+    version = f"{slot.name}/{slot.version}"
+    run.set_tags({"registered": version, "model_sha": card.model_sha})
+    return version
+
+
+def log_once(run: tracking.Run, metrics: Mapping[str, float], step: int) -> None:
+    """Log metrics that the run does not have at this step yet."""
+    new = {key: value for key, value in metrics.items() if step not in run.metric_steps(key)}
+    if new:
+        run.log_metrics(new, step=step)
+
+
+def _stored_oof(run_id: str) -> dict[str, Predictions]:
+    folder = tracking.download(run_id, "oof")
+    return {path.stem: Predictions.load(path) for path in sorted(folder.glob("*.parquet"))}
+
+
+def _score(
+    recipe: Recipe, table: Manifest, parts: dict[int, list[dict[str, Predictions]]], parent: tracking.Run
+) -> dict[str, float]:
+    """Score the member on the held-out rows of all folds trained, seeds averaged; keep that OOF in the parent run."""
+    task = make_task(table.task, table.classes, table.info.get("swap"))
+    metric = training.metric_of(recipe, task)
+    place = {name: row for row, name in enumerate(table.sample_ids.tolist())}
+    metrics: dict[str, float] = {}
+    for views in sorted({views for slots in parts.values() for oof in slots for views in oof}):
+        whole = average([concatenate([oof[views] for oof in slots]) for slots in parts.values()])
+        truth = table.target[np.array([place[name] for name in whole.sample_ids.tolist()])]
+        for name in dict.fromkeys([metric, task.default_metric]):
+            metrics[f"oof.{views}/{name}"] = task.score(whole.values, truth, name)
+    for name in dict.fromkeys([metric, task.default_metric]):
+        metrics[f"oof/{name}"] = metrics[f"oof.{recipe.tta}/{name}"]
+    return metrics
