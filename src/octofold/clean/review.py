@@ -26,7 +26,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def make_app(desk: Desk, token: str, finish: Callable[[], None] = lambda: None, loopback: bool = True) -> Flask:
     """Return the web application; every address starts with ``/<token>/``."""
-    app = Flask("octofold.clean.review", static_folder=None)
+    app = Flask("octofold.review", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = 1 << 20
     page = Path(__file__).with_name("review.html").read_text(encoding="utf-8")
 

@@ -78,7 +78,7 @@ def pack(folder: Path | str, out: Path | str) -> Path:
             artifacts={"model": str(folder)},
             signature=signature,
             pip_requirements=requirements(),
-            code_paths=[str(Path(__file__).parent)],
+            code_paths=[str(Path(__file__).parents[1])],
             metadata={"views": about.get("views", ""), "task": about["task"], "classes": list(about["classes"])},
         )
     return out

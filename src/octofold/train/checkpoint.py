@@ -51,8 +51,8 @@ def recipe_hash(recipe: Recipe) -> str:
 
 def code_versions() -> dict[str, str]:
     """Return ``{"code training.py": sha, …, "library torch": version}``."""
-    here = Path(__file__).parent
-    texts = {f"code {name}.py": here / f"{name}.py" for name in CODE}
+    here = Path(__file__).parents[1]
+    texts = {f"code {name}.py": next(here.rglob(f"{name}.py")) for name in CODE}
     shas = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for name, path in texts.items()}
     return shas | {f"library {name}": version(name) for name in LIBRARIES}
 
