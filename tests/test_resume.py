@@ -90,7 +90,7 @@ def manifest_of(home: Path) -> Manifest:
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A house for in-process trainings."""
-    for module in ("images", "features", "calibration", "engine"):
+    for module in ("data.images", "train.features", "train.calibration", "nets.engine"):
         monkeypatch.setattr(f"octofold.{module}.ROOT", tmp_path)
     torch.set_num_threads(1)
     return tmp_path

@@ -18,8 +18,8 @@ from octofold.recipe import Recipe
 from octofold.train.distill import find_teacher
 
 CODE = (
-    "augment", "batches", "checkpoint", "features", "harden", "images", "job", "models", "networks", "optim", "outcome",
-    "tasks", "training", "weights",
+    "augment", "batches", "checkpoint", "distill", "features", "harden", "images", "job", "models", "networks", "optim",
+    "outcome", "tasks", "training", "validation", "weights",
 )  # fmt: skip
 """Modules whose text decides what comes out of a training."""
 LIBRARIES = ("albumentations", "timm", "torch")
