@@ -223,7 +223,7 @@ def test_real_photos_over_http(whole: Path, tmp_path: Path, request: pytest.Fixt
 
 def test_models_are_looked_up_in_our_store_without_anything_else_asked_before(mlruns: Path, tmp_path: Path) -> None:
     made = slot(tmp_path, "small", 0)
-    program = f"from octofold import tracking; print(tracking.fetch_uri('models:/{made.name}/1', 'it'))"
+    program = f"from octofold.track import tracking; print(tracking.fetch_uri('models:/{made.name}/1', 'it'))"
     environment = House(mlruns.parent).environment()
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True

@@ -192,7 +192,7 @@ def test_a_deleted_experiment_is_named(mlruns: Path) -> None:
 
 @pytest.mark.slow
 def test_many_processes_meet_on_an_empty_store(tmp_path: Path) -> None:
-    code = "from octofold import tracking\nwith tracking.run('train', None, 'digits'): pass"
+    code = "from octofold.track import tracking\nwith tracking.run('train', None, 'digits'): pass"
     environment = {**os.environ, "OCTOFOLD_HOME": str(tmp_path)}
     environment.pop("MLFLOW_TRACKING_URI", None)
     started = [subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=tmp_path) for _ in range(2)]
