@@ -46,9 +46,7 @@ def pages(competition: str) -> dict[str, tuple[str, str]]:
     slots = client.search_model_versions(f"name LIKE '{competition}.%.f0.s0'")
     slot = sorted(slots, key=lambda version: version.name)[0]
     (blend,) = client.search_runs([experiment.experiment_id], "tags.entry = 'blend'", max_results=1)
-    (trained,) = client.search_runs(
-        [experiment.experiment_id], "tags.entry = 'train' AND tags.fold = '0'", max_results=1
-    )
+    (trained,) = client.search_runs([experiment.experiment_id], "tags.fold = '0'", max_results=1)
     return {
         "runs": (f"{base}/runs", "Run Name"),
         "registry": (f"{SERVER}/#/models", slot.name),
