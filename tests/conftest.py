@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+
+# The suite repeats itself: a red run is the change's doing. `HYPOTHESIS_PROFILE=explore` looks for new examples.
+SHARED_HOUSE = [hypothesis.HealthCheck.function_scoped_fixture]  # examples may share one folder: they overwrite
+hypothesis.settings.register_profile("repeat", derandomize=True, deadline=None, suppress_health_check=SHARED_HOUSE)
+hypothesis.settings.register_profile("explore", max_examples=2000, deadline=None, suppress_health_check=SHARED_HOUSE)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"

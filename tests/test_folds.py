@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from octofold.errors import UserError
@@ -15,7 +15,6 @@ from octofold.prepare import folds
     st.integers(2, 6),
     st.integers(0, 3),
 )
-@settings(deadline=None, max_examples=60)
 def test_groups_never_cross(rows: list[tuple[int, str]], count: int, seed: int) -> None:
     groups, labels = [str(group) for group, _ in rows], [label for _, label in rows]
     if len(set(groups)) < count:
@@ -29,7 +28,6 @@ def test_groups_never_cross(rows: list[tuple[int, str]], count: int, seed: int) 
 
 
 @given(st.lists(st.sampled_from("abcd"), min_size=6, max_size=200), st.integers(2, 6))
-@settings(deadline=None, max_examples=60)
 def test_without_groups_it_is_stratified_to_one_sample(labels: list[str], count: int) -> None:
     fold = folds.assign([str(row) for row in range(len(labels))], labels, count, 0)
     table = pd.crosstab(np.array(labels), fold).reindex(columns=range(count), fill_value=0).to_numpy()
@@ -98,7 +96,6 @@ def test_a_wrong_folds_file_is_refused_by_name(change: dict[str, list[str]], wor
 
 
 @given(st.lists(st.tuples(st.sampled_from(FILES), st.text(max_size=8)), max_size=8))
-@settings(deadline=None)
 def test_fuzzed_folds_are_right_or_refused(rows: list[tuple[str, str]]) -> None:
     table = pd.DataFrame(rows, columns=["file", "fold"], dtype=str)
     try:

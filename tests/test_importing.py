@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -155,7 +155,6 @@ def test_bad_archives_are_refused_and_leave_nothing(tmp_path: Path, make: Callab
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_fuzzed_archives_unpack_or_are_refused(tmp_path: Path, data: st.DataObject) -> None:
     """Bytes changed or cut anywhere: whole files inside the folder, or a refusal; never anything outside."""
     import shutil

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from octofold.data import manifest as manifests
@@ -102,7 +102,6 @@ def test_a_spoiled_description_is_refused(tmp_path: Path, text: str) -> None:
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_fuzz_never_a_traceback_never_a_silent_change(tmp_path: Path, data: st.DataObject) -> None:
     """Cut, insert, replace anywhere in the CSV or its description: the same manifest, or a refusal."""
     one = data.draw(st.sampled_from([make(), make_points()]))

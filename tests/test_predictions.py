@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from octofold import predictions
@@ -22,7 +22,6 @@ def made(
 
 
 @given(st.lists(st.text(min_size=1, max_size=12).filter(str.strip), min_size=1, max_size=8, unique=True), st.booleans())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_save_and_load_are_inverse(tmp_path: Path, names: list[str], is_oof: bool) -> None:
     names = [name.encode("utf-8", "ignore").decode().replace("\x00", "") or "x" for name in names]
     names = [f"{row}{name}" for row, name in enumerate(names)]
@@ -65,7 +64,6 @@ def test_a_broken_rule_is_refused_by_name(change: dict[str, object], words: str)
 
 
 @given(st.binary(max_size=300))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_as_a_file_are_refused(tmp_path: Path, blob: bytes) -> None:
     (tmp_path / "x.parquet").write_bytes(blob)
     with pytest.raises(UserError, match="x.parquet"):

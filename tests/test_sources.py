@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -74,7 +74,6 @@ def test_names_without_a_file_are_refused(tmp_path: Path, name: str) -> None:
 
 
 @given(st.text(max_size=30))
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_fuzzed_names_stay_inside(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "p"
     if not folder.exists():
@@ -215,7 +214,6 @@ def test_sample_submission_sets_names_order_and_style(tmp_path: Path) -> None:
 
 
 @given(st.text(alphabet="image,label\n\"';\t01.png\0 \r#é", max_size=120))
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_fuzzed_tables_are_read_whole_or_refused(tmp_path: Path, text: str) -> None:
     try:
         table = sources.read_table(csv(tmp_path / "t.csv", "image,label\n" + text))
@@ -229,7 +227,6 @@ def test_fuzzed_tables_are_read_whole_or_refused(tmp_path: Path, text: str) -> N
 @given(
     st.lists(st.tuples(*[st.text(st.characters(codec="utf-8"), max_size=9)] * 2), max_size=5), st.sampled_from(",;\t")
 )
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_a_cell_holds_comes_back(tmp_path: Path, rows: list[tuple[str, str]], separator: str) -> None:
     with (tmp_path / "t.csv").open("w", encoding="utf-8", newline="") as file:
         writer = writers.writer(file, delimiter=separator, quoting=writers.QUOTE_ALL)
@@ -242,7 +239,6 @@ SAMPLE = "id,0,1\na,0.5,0.5\nd/b,0,1\n"
 
 
 @given(st.sampled_from([LANDMARKS, SAMPLE]), st.data())
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_fuzzed_landmarks_and_samples_are_right_or_refused(tmp_path: Path, text: str, data: st.DataObject) -> None:
     """Cut, insert, replace anywhere: every image named exists, every number is a number, or a refusal."""
     folder = tmp_path / "p"

@@ -306,16 +306,24 @@ def by_fold(lineup: Lineup, said: Array) -> dict[int, Array]:
 
 def signed(lineup: Lineup, test: Manifest, values: Array, name: str = "blend") -> Predictions:
     """Put a name to blended values ``(T, …)`` of the test images."""
+    return replace(_signed(lineup, test, values, name), extra={"members": lineup.names})
+
+
+def signed_oof(lineup: Lineup, values: Array, name: str = "blend") -> Predictions:
+    """Put a name to cross-fitted values ``(N, …)`` of the training rows."""
+    return replace(_signed(lineup, lineup.rows, values, name), fold=lineup.rows.fold)
+
+
+def _signed(lineup: Lineup, rows: Manifest, values: Array, name: str) -> Predictions:
     shas = [slot.model_sha for own in lineup.slots.values() for slot in own]
     return Predictions(
-        sample_ids=test.sample_ids,
+        sample_ids=rows.sample_ids,
         values=values,
         classes=lineup.rows.classes,
         manifest_hash=lineup.rows.hash,
         member=name,
         model_sha=predictions.bag_sha(shas),
         views=lineup.views,
-        extra={"members": lineup.names},
     )
 
 
@@ -376,18 +384,3 @@ def test_set(manifest: Manifest) -> Manifest | None:
 
     file = manifest.file.parent / "test.csv" if manifest.file else None
     return read(file) if file is not None and file.exists() else None
-
-
-def signed_oof(lineup: Lineup, values: Array, name: str = "blend") -> Predictions:
-    """Put a name to cross-fitted values ``(N, …)`` of the training rows."""
-    shas = [slot.model_sha for own in lineup.slots.values() for slot in own]
-    return Predictions(
-        sample_ids=lineup.rows.sample_ids,
-        values=values,
-        classes=lineup.rows.classes,
-        manifest_hash=lineup.rows.hash,
-        member=name,
-        model_sha=predictions.bag_sha(shas),
-        views=lineup.views,
-        fold=lineup.rows.fold,
-    )

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import pandas as pd
 
 from octofold.errors import UserError, preview
@@ -352,7 +353,7 @@ def replay(
         rows.append([here, entry.action, before, after, outcome, note, entry.reviewer, entry.time, entry.entry])
     if "label" in new:
         new["label"] = pd.Series(labels, index=new.index, dtype=new["label"].dtype)
-    keep = [row not in dropped for row in range(len(new))]
+    keep = np.array([row not in dropped for row in range(len(new))], dtype=bool)  # a bare [] would pick columns
     return Replayed(new[keep].reset_index(drop=True), pd.DataFrame(rows, columns=_COLUMNS), list(journal.damaged))
 
 

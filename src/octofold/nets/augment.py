@@ -34,28 +34,24 @@ class _RandomResizedCrop(A.RandomResizedCrop):  # type: ignore[misc]
         return moved
 
 
-class _HorizontalFlip(A.HorizontalFlip):  # type: ignore[misc]
-    """Mirror that also exchanges twins (left eye, right eye)."""
+class _Mirror:
+    """A flip that also exchanges twins (left eye, right eye), whichever way it mirrors."""
 
     def __init__(self, swap: Swap, p: float) -> None:
-        super().__init__(p=p)
+        super().__init__(p=p)  # type: ignore[call-arg]
         self.swap = swap
 
     def apply_to_keypoints(self, keypoints: Array, **params: Any) -> Array:
-        moved = np.asarray(super().apply_to_keypoints(keypoints, **params))
+        moved = np.asarray(super().apply_to_keypoints(keypoints, **params))  # type: ignore[misc]
         return moved if self.swap is None else moved[list(self.swap)]
 
 
-class _VerticalFlip(A.VerticalFlip):  # type: ignore[misc]
-    """The same, up-down: also a mirror, so twins change places too."""
+class _HorizontalFlip(_Mirror, A.HorizontalFlip):  # type: ignore[misc]
+    """Left-right."""
 
-    def __init__(self, swap: Swap, p: float) -> None:
-        super().__init__(p=p)
-        self.swap = swap
 
-    def apply_to_keypoints(self, keypoints: Array, **params: Any) -> Array:
-        moved = np.asarray(super().apply_to_keypoints(keypoints, **params))
-        return moved if self.swap is None else moved[list(self.swap)]
+class _VerticalFlip(_Mirror, A.VerticalFlip):  # type: ignore[misc]
+    """Up-down."""
 
 
 def _flip(points: bool, swap: Swap, p: float = 0.5) -> list[Any]:
