@@ -17,13 +17,17 @@ def run(config: Evaluate) -> dict[str, object]:
     from octofold.data import manifest
     from octofold.files import ROOT
     from octofold.infer import evaluating
+    from octofold.metrics import adopt, fingerprint
     from octofold.track import tracking
 
     truth = manifest.read(config.manifest)
+    if config.metric:
+        adopt(config.metric, truth.task)
     found = evaluating.evaluate(truth, _predictions(config))
     with tracking.run(
         "evaluate", config, truth.competition, name=f"evaluate {found.predictions.member}",
-        tags={"member": found.predictions.member, "manifest_hash": truth.hash, "views": found.predictions.views},
+        tags={"member": found.predictions.member, "manifest_hash": truth.hash, "views": found.predictions.views}
+        | fingerprint(config.metric),
     ) as run:  # fmt: skip
         out = config.out or ROOT / "runs" / "evaluate" / run.id
         paths = evaluating.write(found, out)

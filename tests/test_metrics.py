@@ -1,12 +1,16 @@
 """Scores agree with scikit-learn's, and with what they say of themselves."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as reference
 
-from octofold.metrics import METRICS, calibration_error, confusion, point_mse, point_nme
+from octofold import metrics
+from octofold.errors import UserError
+from octofold.metrics import METRICS, adopt, calibration_error, confusion, fingerprint, point_mse, point_nme
 
 
 def sample(seed: int, classes: int, rows: int = 60) -> tuple[np.ndarray, np.ndarray]:
@@ -65,3 +69,74 @@ def test_points_without_truth_do_not_count() -> None:
     points = np.array([[[1.0, 0.0], [99.0, 99.0], [3.0, 4.0]]])
     assert point_mse(points, target) == pytest.approx(0.25)
     assert point_nme(points, target) == pytest.approx((1 / 5 + 0) / 2)
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of the user's, in a table of metrics that is put back afterwards."""
+    monkeypatch.setattr(metrics, "METRICS", dict(METRICS))
+    return tmp_path / "mine.py"
+
+
+def test_a_function_of_the_users_is_a_metric(own: Path) -> None:
+    own.write_text(
+        "import numpy as np\n"
+        "def top2(values, target):\n"
+        "    return (np.argsort(values, axis=1)[:, -2:] == target[:, None]).any(axis=1).mean()\n"
+        "def misses(values, target):\n"
+        "    return int((values.argmax(axis=1) != target).sum())\n"
+        "misses.lower_is_better = True\n"
+    )
+    probs, target = sample(0, 4)
+    assert adopt(f"{own}:top2", "classify") == "top2"
+    assert adopt(f"{own}:misses", "classify") == "misses"
+    assert adopt(f"{own}:top2", "classify") == "top2"
+    assert metrics.METRICS["top2"].score(probs, target) == reference.top_k_accuracy_score(target, probs, k=2)
+    assert metrics.METRICS["top2"].higher_is_better
+    assert not metrics.METRICS["misses"].higher_is_better
+    assert metrics.METRICS["misses"].score(probs, target) == round((1 - METRICS["accuracy"].score(probs, target)) * 60)
+    assert list(fingerprint(f"{own}:top2")) == ["metric.sha256"]
+    assert fingerprint("accuracy") == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "words"),
+    [
+        ("", "f", "functions: none"),
+        ("def g(a, b): return 1\n", "f", "functions: g"),
+        ("def f(a): return 1\n", "f", r"f\(a\)"),
+        ("x = 1 / 0\ndef f(a, b): return 1\n", "f", r"ZeroDivisionError: division by zero \(line 1\)"),
+        ("def f(a, b:\n", "f", "SyntaxError"),
+        ("def accuracy(a, b): return 1\n", "accuracy", "a name of its own"),
+    ],
+)
+def test_a_file_that_holds_no_metric_is_refused(own: Path, text: str, name: str, words: str) -> None:
+    own.write_text(text)
+    with pytest.raises(UserError, match=words):
+        adopt(f"{own}:{name}", "classify")
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("return None", "one finite number"),
+        ("return float('nan')", "one finite number"),
+        ("return values.max(axis=1)", "one finite number"),
+        ("values[0] = 1; return 0.0", r"read-only \(line 2\)"),
+        ("return values[:, 99].mean()", r"IndexError.*line 2.*\(60, 4\)"),
+    ],
+)
+def test_what_a_users_metric_does_wrong_is_said(own: Path, body: str, words: str) -> None:
+    own.write_text(f"def f(values, target):\n    {body}\n")
+    score = metrics.METRICS[adopt(f"{own}:f", "classify")].score
+    with pytest.raises(UserError, match=words):
+        score(*sample(0, 4))
+
+
+def test_unknown_metrics_are_refused(own: Path) -> None:
+    with pytest.raises(UserError, match=r"one of accuracy.*or path/to/file.py:function"):
+        adopt("acuracy", "classify")
+    with pytest.raises(UserError, match="one of mse"):
+        adopt("accuracy", "keypoints")
+    with pytest.raises(UserError, match="no such file"):
+        adopt(f"{own}:f", "classify")

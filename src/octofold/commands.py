@@ -70,6 +70,11 @@ class Train(Recipe):
     parallel: int | None = Field(
         None, ge=1, description="slots trained at once; null = one a GPU, else one per 4 cores and 2 GB of free memory"
     )
+    lease_min: float = Field(
+        10.0,
+        gt=0,
+        description="silent for so long, this command loses its slots to others that train the member, minutes",
+    )
 
 
 class Infer(Section):
@@ -121,6 +126,7 @@ class Evaluate(Section):
     member: str = Field("", description="recipe name")
     stage: Stage = Field("production", description="registry stage the member is taken from")
     tta: str = Field("", description="views the OOF was made with; empty = the most that are stored")
+    metric: str = Field("", description="also score by this function of yours: path/to/file.py:function")
     out: Path | None = Field(None, description="folder for tables and pictures; none = runs/evaluate/<run id>")
 
 
@@ -148,7 +154,11 @@ class Blend(Section):
         "equal", description="how a member's fold models are averaged on test images"
     )
     tta: str = Field("geo8", description="views: none, flip, geo4, geo8, geo8_original, or auto")
-    metric: str = Field("", description="row of metrics.METRICS the blend is judged by; empty = accuracy, or mse")
+    metric: str = Field(
+        "",
+        description="row of metrics.METRICS the blend is judged by, or your path/to/file.py:function, which takes (values,"
+        " target) and returns a float; empty = accuracy, or mse",
+    )
     mixed: bool = Field(
         False, description="let in members trained on other data versions; fit on rows each predicted without training"
     )
@@ -281,7 +291,10 @@ class Report(Section):
 
     competition: str = Field(pattern=COMPETITION, description="name of the problem")
     manifest: Path | None = Field(None, description="manifest.csv; none = data/<competition>/manifest.csv")
-    metric: str = Field("", description="row of metrics.METRICS; empty = the newest blend's, else accuracy or mse")
+    metric: str = Field(
+        "",
+        description="row of metrics.METRICS, or path/to/file.py:function; empty = the newest blend's, else accuracy, mse",
+    )
     seed: int = Field(0, ge=0, description="of the bootstrap")
     out: Path | None = Field(None, description="folder for report.html; none = runs/report/<competition>")
 

@@ -1,10 +1,18 @@
-"""Scores: arrays in, one float out. `METRICS` says of each which way is better."""
+"""Scores: arrays in, one float out. `METRICS` says of each which way is better; `adopt` adds the user's own to it."""
 
+import importlib.util
+import inspect
+import math
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from octofold.errors import UserError
+from octofold.files import existing, sha256_file
 
 Array = npt.NDArray[Any]
 
@@ -92,11 +100,12 @@ def confusion(predicted: Array, target: Array, classes: int) -> npt.NDArray[np.i
 
 
 class Metric(NamedTuple):
-    """A score and its direction."""
+    """A score and its direction; for the user's own, the sha256 of the file it was read from."""
 
     score: Callable[[Array, Array], float]
     higher_is_better: bool
     task: str  # classify | keypoints
+    sha256: str = ""
 
 
 METRICS: dict[str, Metric] = {
@@ -111,3 +120,92 @@ METRICS: dict[str, Metric] = {
     "mse": Metric(point_mse, False, "keypoints"),
     "nme": Metric(point_nme, False, "keypoints"),
 }
+
+
+def adopt(name: str, task: str) -> str:
+    """Return the row of `METRICS` that a ``--metric`` means, reading the user's own function into it first.
+
+    Args:
+        name: a row, or ``path/to/file.py:function``. The function takes ``(values, target)``: ``(N, K)`` probabilities
+            (rows sum to 1) and ``(N,)`` int classes, or ``(N, P, 2)`` points in px and as many with NaN where a point
+            is missing; both read-only. It returns one finite number for any rows, also where a class is absent.
+            Higher is better, unless ``function.lower_is_better = True``. It may be called thousands of times.
+        task: ``classify`` or ``keypoints``.
+
+    Raises:
+        UserError: no such row for this task, no such file or function, or a file that cannot be run.
+    """
+    if ".py:" not in name:
+        fitting = [row for row, metric in METRICS.items() if metric.task == task]
+        if name not in fitting:
+            wanted = f"for {task} one of {', '.join(fitting)}, or path/to/file.py:function"
+            raise UserError(f"metric '{name}'", expected=wanted, got=name)
+        return name
+    place, _, label = name.rpartition(":")
+    path = existing(place, "a Python file with the metric, as path/to/file.py:function")
+    sha = sha256_file(path)
+    known = METRICS.get(label)
+    if known is not None and not known.sha256:
+        raise UserError(f"metric '{name}'", expected="a name of its own", got=f"'{label}', which is ours", fix="rename")
+    if known is None or known.sha256 != sha or known.task != task:
+        function = _read(path, label)
+        METRICS[label] = Metric(
+            _guarded(function, path, label), not getattr(function, "lower_is_better", False), task, sha
+        )
+    return label
+
+
+def fingerprint(name: str) -> dict[str, str]:
+    """Return what a run's tags say of the user's own metric: ``{"metric.sha256": …}``; nothing of a row of ours."""
+    return {"metric.sha256": sha256_file(existing(name.rpartition(":")[0], "the metric"))} if ".py:" in name else {}
+
+
+def _read(path: Path, label: str) -> Callable[[Array, Array], Any]:
+    spec = importlib.util.spec_from_file_location(f"octofold_metric_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(path, expected="a Python file", got="something else")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file does
+        raise UserError(path, expected="a Python file that runs", got=_blame(error, path)) from error
+    function = getattr(module, label, None)
+    if not callable(function):
+        others = [key for key, value in vars(module).items() if inspect.isfunction(value) and key[:1] != "_"]
+        got = f"functions: {', '.join(others) or 'none'}"
+        raise UserError(path, expected=f"a function '{label}(values, target) -> float'", got=got)
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError as error:
+        got = f"{label}{inspect.signature(function)}"
+        raise UserError(path, expected=f"{label}(values, target) -> float", got=got) from error
+    return function  # type: ignore[no-any-return]
+
+
+def _guarded(function: Callable[[Array, Array], Any], path: Path, label: str) -> Callable[[Array, Array], float]:
+    """The user's function, kept from writing into our arrays; what it does wrong is said as its own mistake."""
+
+    def score(values: Array, target: Array) -> float:
+        views = [np.asarray(part).view() for part in (values, target)]
+        for view in views:
+            view.flags.writeable = False
+        try:
+            found = function(*views)
+        except Exception as error:  # whatever the user's function does
+            rows = f" on values {values.shape}, target {target.shape}"
+            raise UserError(f"metric {path}:{label}", expected="a score", got=_blame(error, path) + rows) from error
+        try:
+            number = float(found)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise UserError(f"metric {path}:{label}", expected="one finite number for any rows", got=repr(found)[:80])
+        return number
+
+    return score
+
+
+def _blame(error: Exception, path: Path) -> str:
+    """The error in words, with the line of the user's file it came from."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f"{type(error).__name__}: {error}" + (f" (line {lines[-1]})" if lines else "")

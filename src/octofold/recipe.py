@@ -164,7 +164,10 @@ class Recipe(Section):
     distill: Distill = Distill()
     phases: list[Phase] = Field([Phase()], min_length=1, description="run one after the other")
     batch_size: int = Field(32, ge=1, description="images per batch")
-    metric: str = Field("accuracy", description="row of metrics.METRICS that chooses checkpoints and is shown first")
+    metric: str = Field(
+        "accuracy",
+        description="row of metrics.METRICS that chooses checkpoints and is shown first, or path/to/file.py:function",
+    )
     select: Literal["best", "last"] = Field(
         "best", description="checkpoint kept: best validation metric (flatters its own fold a little) or the last"
     )

@@ -18,11 +18,10 @@ from octofold.commands import Blend
 from octofold.data import manifest
 from octofold.data.images import PixelSpec, load, square
 from octofold.data.manifest import Manifest
-from octofold.errors import UserError
 from octofold.files import ROOT, write_text
 from octofold.infer import serving
 from octofold.infer.inference import nested
-from octofold.metrics import METRICS, Metric
+from octofold.metrics import METRICS, Metric, adopt
 from octofold.nets import embedding
 from octofold.track import tracking
 from octofold.track.provenance import git_tags
@@ -102,10 +101,7 @@ def metric_of(name: str, train: Manifest) -> tuple[str, Metric]:
     Raises:
         UserError: unknown, or of the other task.
     """
-    chosen = name or ("accuracy" if train.task == "classify" else "mse")
-    if chosen not in METRICS or METRICS[chosen].task != train.task:
-        fitting = [key for key, metric in METRICS.items() if metric.task == train.task]
-        raise UserError(f"metric '{chosen}'", expected=f"for {train.task} one of {', '.join(fitting)}", got=chosen)
+    chosen = adopt(name or ("accuracy" if train.task == "classify" else "mse"), train.task)
     return chosen, METRICS[chosen]
 
 

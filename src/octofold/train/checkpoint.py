@@ -14,6 +14,7 @@ import torch
 
 from octofold.errors import UserError, preview
 from octofold.files import atomic, read_json, sha256_file, sha256_json, write_json
+from octofold.metrics import fingerprint
 from octofold.recipe import Recipe
 from octofold.train.distill import find_teacher
 
@@ -33,6 +34,7 @@ def settings_of(recipe: Recipe) -> dict[str, str]:
     Defaults are left out, so that a setting added later does not make every older training another one.
     """
     plain = recipe.model_dump(mode="json", exclude_defaults=True, include=set(Recipe.model_fields) - set(ELSEWHERE))
+    plain |= fingerprint(recipe.metric)
     return {f"recipe {name}": json.dumps(value, sort_keys=True) for name, value in _leaves(plain, "")}
 
 

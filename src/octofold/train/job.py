@@ -16,7 +16,7 @@ from octofold.compute import Devices
 from octofold.data.images import PixelCache, PixelSpec, open_cache
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError, preview
-from octofold.metrics import METRICS
+from octofold.metrics import METRICS, adopt
 from octofold.nets import models
 from octofold.nets.tasks import Task, balanced_weights, make_task, sample_weights
 from octofold.recipe import Phase, Recipe
@@ -265,14 +265,10 @@ def metric_of(recipe: Recipe, task: Task) -> str:
     """Return the metric that chooses checkpoints: the recipe's, or the task's own if the recipe names none.
 
     Raises:
-        UserError: a metric of another task.
+        UserError: a metric of another task, or a file that `metrics.adopt` refuses.
     """
-    if recipe.metric in METRICS and METRICS[recipe.metric].task == task.name:
-        return recipe.metric
-    if recipe.metric == Recipe.model_fields["metric"].default:
-        return task.default_metric
-    names = ", ".join(name for name, row in METRICS.items() if row.task == task.name)
-    raise UserError("metric", expected=f"one for {task.name}: {names}", got=recipe.metric)
+    is_default = recipe.metric == Recipe.model_fields["metric"].default
+    return task.default_metric if is_default else adopt(recipe.metric, task.name)
 
 
 def _unit_target(cache: PixelCache, target: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -1,12 +1,15 @@
 """Members: a recipe over folds and seeds, one parent run, one child run and one registered version per slot.
 
 Whatever is interrupted goes on: a run is found again by its tags (recipe, manifest, slot), and each step of filling a
-slot may be repeated without leaving a second trace.
+slot may be repeated without leaving a second trace. Commands on several machines share a member slot by slot (`leases`).
 """
 
+import contextlib
 import logging
 import shutil
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,19 +21,46 @@ from octofold.commands import Train
 from octofold.compute import Devices, device_setup
 from octofold.data import manifest
 from octofold.data.manifest import Manifest
+from octofold.errors import Handover, preview
 from octofold.files import ROOT, existing
 from octofold.infer import serving
+from octofold.metrics import fingerprint
 from octofold.nets import gallery
 from octofold.nets.models import read_card
 from octofold.nets.tasks import make_task
 from octofold.predictions import Predictions, average, concatenate
 from octofold.recipe import Recipe
-from octofold.track import promotion, registry, tracking
+from octofold.track import leases, promotion, registry, tracking
+from octofold.track.leases import Lessee
 from octofold.track.tracking import RunInfo
 from octofold.train import checkpoint, interrupt, training
 from octofold.workers import Job
 
 log = logging.getLogger("octofold")
+Filled = tuple[dict[str, Predictions], str]  # a slot's OOF by views, its registered name and version
+WAIT_S = 10.0
+"""Between two looks at slots that other commands hold, seconds (or a sixth of the lease, if that is less)."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One `train` command: what it trains, and as whom it holds slots."""
+
+    config: Train
+    recipe: Recipe
+    table: Manifest
+    devices: Devices
+    lessee: Lessee
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """What every run of the member carries."""
+        return _tags(self.recipe, self.table)
+
+    @property
+    def parent_id(self) -> str:
+        """The member's parent run."""
+        return self.lessee.parent_id
 
 
 def train(config: Train) -> dict[str, Any]:
@@ -55,20 +85,23 @@ def train(config: Train) -> dict[str, Any]:
     for fold, seed in jobs:
         _check_unfinished(config, recipe, table, fold, seed)
     interrupt.clear([_member_folder(table, recipe), *(_folder(table, recipe, *job) for job in jobs)])
-    known = None if config.restart else _latest(tags | {"entry": "train"}, table)
-    with tracking.run("train", config, table.competition, recipe.member, tags, resume_id=known) as parent:
+    known, is_new = None, True
+    if not config.restart:
+        known, is_new = leases.sole_run(table.competition, recipe.member, tags | {"entry": "train"})
+    with (
+        tracking.run("train", config, table.competition, recipe.member, tags, resume_id=known) as parent,
+        leases.lessee(parent.id, config.lease_min * 60) as lessee,
+    ):
         parent.log_dataset(table.table, table.competition, "training", str(table.file))
-        if known is None:
+        if is_new:
             for name, figure in gallery.draw(recipe, table).items():
                 parent.log_figure(figure, f"augment/{name}.png")
-        _fill_side_by_side(config, recipe, table, jobs, parent, devices)
-        parts: dict[int, list[dict[str, Predictions]]] = {}
-        versions = []
-        for fold, seed in jobs:
-            oof, version = _fill(config, recipe, table, fold, seed, parent, tags, devices)
-            parts.setdefault(seed, []).append(oof)
-            versions.append(version)
+        filled = _fill_all(Call(config, recipe, table, devices, lessee), jobs)
         devices.from_main(None)  # nothing more for the processes that accompany
+        parts: dict[int, list[dict[str, Predictions]]] = {}
+        for (_, seed), (oof, _) in filled.items():
+            parts.setdefault(seed, []).append(oof)
+        versions = [version for _, version in filled.values()]
         metrics = _score(recipe, table, parts, parent)
         log_once(parent, metrics, 0)
         if config.stage:
@@ -81,42 +114,60 @@ def train(config: Train) -> dict[str, Any]:
 def _accompany(recipe: Recipe, table: Manifest, devices: Devices) -> NoReturn:
     """In the other processes of an `accelerate launch`: train the slots that the main one says, speak to nobody."""
     while (job := devices.from_main(None)) is not None:
+        if not job:
+            continue  # the main process waits for other machines
         fold, seed = job
         folder, start = _folder(table, recipe, fold, seed), _start(recipe, fold, seed)
         training.train_slot(recipe, table, fold, seed, folder, lambda *_: None, devices, start)
     raise SystemExit(0)
 
 
-def _fill_side_by_side(
-    config: Train,
-    recipe: Recipe,
-    table: Manifest,
-    jobs: Sequence[tuple[int, int]],
-    parent: tracking.Run,
-    devices: Devices,
-) -> None:
+def _fill_all(call: Call, jobs: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Filled]:
+    """Fill every slot that nobody else fills; then wait for the others to fill theirs, or to fall silent."""
+    _fill_side_by_side(call, jobs)
+    filled: dict[tuple[int, int], Filled] = {}
+    told = ""
+    while left := [job for job in jobs if job not in filled]:
+        found = {job: one for job in left if (one := _fill(call, *job)) is not None}
+        filled |= found
+        if found or len(filled) == len(jobs):
+            continue
+        held = call.lessee.holders([_slot(*job) for job in left])
+        if (text := preview([f"{slot} by {owner}" for slot, owner in held.items()], 10)) != told:
+            log.info("%s: held elsewhere: %s; waiting (Ctrl-C leaves them to it)", call.recipe.member, text)
+        told = text
+        call.devices.from_main(())
+        time.sleep(min(WAIT_S, call.config.lease_min * 60 / leases.BEATS))
+    return {job: filled[job] for job in jobs}
+
+
+def _fill_side_by_side(call: Call, jobs: Sequence[tuple[int, int]]) -> None:
     """Fill the slots that are not filled yet in several processes, here or on a cluster, if that was asked for."""
+    config, recipe = call.config, call.recipe
     if config.executor == "local" and (config.parallel or compute.bearable(torch.cuda.device_count())) == 1:
         return
-    if devices.world > 1 or recipe.overfit:
+    if call.devices.world > 1 or recipe.overfit:
         return  # an `accelerate launch` shares each slot instead; an overfitting probe is one slot
-    todo = [
-        job
-        for job in jobs
-        if _filled(_runs(config, recipe, table, *job, parent.id), _folder(table, recipe, *job)) is None
+    todo = [job for job in jobs if _filled(_runs(call, *job)) is None]
+    settings = config.model_dump(mode="json") | {"manifest": str(call.table.file)}
+    named = [
+        Job(f"{recipe.member} f{fold} s{seed}", (settings, fold, seed, call.parent_id, call.lessee.owner))
+        for fold, seed in todo
     ]
-    settings = config.model_dump(mode="json") | {"manifest": str(table.file)}
-    named = [Job(f"{recipe.member} f{fold} s{seed}", (settings, fold, seed, parent.id)) for fold, seed in todo]
     compute.map_jobs(fill_job, named, config.executor, config.parallel, recipe.runtime.threads, title="slots")
 
 
-def fill_job(settings: dict[str, Any], fold: int, seed: int, parent_id: str) -> str:
-    """Fill one slot in a process of its own; return its registered name and version. Bears being begun again."""
+def fill_job(settings: dict[str, Any], fold: int, seed: int, parent_id: str, owner: str) -> str:
+    """Fill one slot in a process of its own; return its registered name and version, or "" if another command has it.
+
+    Bears being begun again.
+    """
     config = Train.model_validate(settings)
     table = manifest.read(config.manifest)
     recipe = Recipe(**{name: getattr(config, name) for name in Recipe.model_fields})
     devices = device_setup(recipe.runtime.device, recipe.runtime.threads)
-    return _fill(config, recipe, table, fold, seed, parent_id, _tags(recipe, table), devices)[1]
+    filled = _fill(Call(config, recipe, table, devices, Lessee(parent_id, owner)), fold, seed)
+    return filled[1] if filled else ""
 
 
 def _tags(recipe: Recipe, table: Manifest) -> dict[str, str]:
@@ -124,6 +175,7 @@ def _tags(recipe: Recipe, table: Manifest) -> dict[str, str]:
         "member": recipe.member,
         "recipe_hash": checkpoint.recipe_hash(recipe),
         "manifest_hash": table.hash,
+        **fingerprint(recipe.metric),
     }
 
 
@@ -132,7 +184,11 @@ def _member_folder(table: Manifest, recipe: Recipe) -> Path:
 
 
 def _folder(table: Manifest, recipe: Recipe, fold: int, seed: int) -> Path:
-    return _member_folder(table, recipe) / f"f{fold}.s{seed}"
+    return _member_folder(table, recipe) / _slot(fold, seed)
+
+
+def _slot(fold: int, seed: int) -> str:
+    return f"f{fold}.s{seed}"
 
 
 def _check_unfinished(config: Train, recipe: Recipe, table: Manifest, fold: int, seed: int) -> None:
@@ -158,68 +214,79 @@ def _start(recipe: Recipe, fold: int, seed: int) -> Path | None:
     return existing(place, "weights (.safetensors, .pth, .pt, or a checkpoint folder)")
 
 
-def _latest(tags: Mapping[str, str], table: Manifest) -> str | None:
-    """Id of the newest run with these tags."""
-    found = tracking.find_runs(table.competition, tags)
-    return found[0].id if found else None
-
-
-def _runs(config: Train, recipe: Recipe, table: Manifest, fold: int, seed: int, parent_id: str) -> list[RunInfo]:
+def _runs(call: Call, fold: int, seed: int) -> list[RunInfo]:
     """The slot's runs, newest first; if all shall be trained anew, only those of this very call."""
-    tags = _tags(recipe, table) | {"entry": "train.slot", "fold": str(fold), "seed": str(seed)}
-    found = tracking.find_runs(table.competition, tags)
-    return [run for run in found if not config.restart or run.tags.get("mlflow.parentRunId") == parent_id]
+    tags = call.tags | {"entry": "train.slot", "fold": str(fold), "seed": str(seed)}
+    found = tracking.find_runs(call.table.competition, tags)
+    return [run for run in found if not call.config.restart or run.tags.get("mlflow.parentRunId") == call.parent_id]
 
 
-def _filled(runs: Sequence[RunInfo], folder: Path) -> RunInfo | None:
-    """The run that filled the slot; while its work folder stands, the slot counts as unfinished."""
-    done = bool(runs) and runs[0].status == "FINISHED" and "registered" in runs[0].tags and not folder.exists()
-    return runs[0] if done else None
+def _filled(runs: Sequence[RunInfo]) -> RunInfo | None:
+    """The run that filled the slot: a run is closed as finished after its model was registered, not before."""
+    return runs[0] if runs and runs[0].status == "FINISHED" and "registered" in runs[0].tags else None
 
 
-def _fill(
-    config: Train,
-    recipe: Recipe,
-    table: Manifest,
-    fold: int,
-    seed: int,
-    parent: tracking.Run | str,
-    tags: dict[str, str],
-    devices: Devices,
-) -> tuple[dict[str, Predictions], str]:
-    """Fill one slot, unless it is filled; return its OOF by views, and its registered name and version."""
-    folder = _folder(table, recipe, fold, seed)
-    parent_id = parent if isinstance(parent, str) else parent.id
-    known = _runs(config, recipe, table, fold, seed, parent_id)
-    if (done := _filled(known, folder)) is not None:
+def _fill(call: Call, fold: int, seed: int) -> Filled | None:
+    """Fill one slot, unless it is filled; None if another command is about it."""
+    folder, slot = _folder(call.table, call.recipe, fold, seed), _slot(fold, seed)
+    runs = _runs(call, fold, seed)
+    if _filled(runs) is None:
+        if not call.lessee.claim(slot):
+            return None
+        runs = _runs(call, fold, seed)  # another command may have filled it before it let go
+    if (done := _filled(runs)) is not None:
         log.info("fold %d seed %d: already trained (%s)", fold, seed, done.tags["registered"])
+        _discard(folder)
         return _stored_oof(done.id), done.tags["registered"]
-    name = f"{recipe.member} f{fold} s{seed}"
-    mine = tags | {"fold": str(fold), "seed": str(seed)}
-    resume = known[0].id if known and (folder.exists() or known[0].status != "FINISHED") else None
-    with tracking.run("train.slot", config, table.competition, name, mine, parent, resume) as run:
+    resume = runs[0].id if runs and (folder.exists() or runs[0].status != "FINISHED") else None
+    try:
+        filled = _train(call, fold, seed, resume)
+    except Handover as news:
+        log.warning("%s: %s", call.recipe.member, news)
+        return None
+    _discard(folder)
+    return filled
+
+
+def _train(call: Call, fold: int, seed: int, resume: str | None) -> Filled:
+    """Train a slot whose lease is ours and register it, in a run of its own or the one it was begun in.
+
+    Raises:
+        Handover: we were silent for so long that another command goes on with it.
+    """
+    recipe, table, lessee, parent_id = call.recipe, call.table, call.lessee, call.parent_id
+    folder, name = _folder(table, recipe, fold, seed), f"{recipe.member} f{fold} s{seed}"
+    mine = call.tags | {"fold": str(fold), "seed": str(seed)}
+    with tracking.run("train.slot", call.config, table.competition, name, mine, parent_id, resume) as run:
         seen = run.metric_steps("train/loss") if resume else set()
 
         def report(epoch: int, metrics: dict[str, float]) -> None:
+            lessee.check(_slot(fold, seed), at_once=False)
             shown = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
             log.info("%s epoch %d: %s", name, epoch, shown)
             if epoch not in seen:
                 run.log_metrics(metrics, step=epoch)
 
-        devices.from_main((fold, seed))
-        result = training.train_slot(recipe, table, fold, seed, folder, report, devices, _start(recipe, fold, seed))
+        call.devices.from_main((fold, seed))
+        start = _start(recipe, fold, seed)
+        result = training.train_slot(recipe, table, fold, seed, folder, report, call.devices, start)
+        lessee.check(_slot(fold, seed))
         for extra in ("profile", "tensorboard"):
             if (folder / extra).is_dir():
                 run.log_artifacts(folder / extra, extra)
-        version = "" if recipe.overfit else _register(run, result, fold, seed, tags["recipe_hash"])
+        version = "" if recipe.overfit else _register(run, result, fold, seed, call.tags["recipe_hash"])
         if resume and parent_id != tracking.get_run(run.id).tags.get("mlflow.parentRunId"):
             run.set_tags({"mlflow.parentRunId": parent_id})
-    # Last of all: while the folder stands, the slot counts as unfinished, and every step above bears repeating.
+    return result.oof, version
+
+
+def _discard(folder: Path) -> None:
+    """Remove a slot's work; two commands in one project folder may both be about it."""
     rubbish = folder.with_name(f".{folder.name}.done")
     shutil.rmtree(rubbish, ignore_errors=True)
-    folder.replace(rubbish)
-    shutil.rmtree(rubbish)
-    return result.oof, version
+    with contextlib.suppress(OSError):
+        folder.replace(rubbish)
+    shutil.rmtree(rubbish, ignore_errors=True)
 
 
 def _register(run: tracking.Run, result: training.SlotResult, fold: int, seed: int, recipe_hash: str) -> str:

@@ -28,7 +28,7 @@ from octofold.data import manifest
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError
 from octofold.files import ROOT, existing, write_text
-from octofold.metrics import METRICS
+from octofold.metrics import METRICS, fingerprint
 from octofold.nets import models
 from octofold.nets.tasks import make_task
 from octofold.recipe import Model, Recipe
@@ -65,6 +65,7 @@ def tune(config: Tune) -> dict[str, Any]:
     for known in config.warm_start:
         _warm(study, plan, storage, known)
     tags = {"study": name, "manifest_hash": table.hash, "member": plan.space.base.member}
+    tags |= fingerprint(plan.space.base.metric)
     before = tracking.find_runs(table.competition, {"study": name, "entry": "tune"})
     resume = before[-1].id if before else None
     with tracking.run("tune", config, table.competition, name, tags, resume_id=resume) as parent:
@@ -131,7 +132,7 @@ def plan_of(config: Tune, table: Manifest) -> Plan:
         folds=len(table.folds),
         objectives=objectives,
         higher_is_better=tuple(METRICS[metric].higher_is_better if name == "score" else False for name in objectives),
-        context={"manifest": table.hash, "metric": metric, "views": config.views},
+        context={"manifest": table.hash, "metric": metric, "views": config.views} | fingerprint(base.metric),
     )
 
 
