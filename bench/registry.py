@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python bench/registry.py [--slots 1000 --versions 5]
 
 Rows are put in by SQL, as MLflow writes them, because making 5,000 versions through its API takes minutes; what is
-timed goes through the product: `registry.resolve` (blend's first step), `promotion`'s reading and gate, and the cost
-of each call that changes something. PostgreSQL's server binaries are needed for the second half.
+timed goes through the product: `registry.resolve` (blend's first step), `promotion.newest` (promote's), a whole
+promotion of one member, and the cost of each call that changes something. PostgreSQL's server binaries are needed
+for the second half.
 """
 
 import argparse
@@ -73,14 +74,23 @@ def measure(store: str, fill_store: str | None, slots: int, versions_each: int) 
     assert sum(map(len, found.values())) == slots
     member = sorted(found)[0]
     names = [slot.name for slot in found[member]]
+
+    def promote(member: str) -> None:
+        with tracking.run("promote", None, "big", parent=None) as run:
+            moved = promotion.promote(
+                run, "big", member, "staging", manifest_hash="a" * 64, all_folds=None, folds=None, seeds=None
+            )
+        assert len(moved) == len(names)
+
     api = tracking.client()
     run = api.create_run(tracking.experiment("big")).info.run_id
     made = {
-        "resolve a stage (blend, infer)": timed(lambda: registry.resolve("big", "production")),
-        "resolve one member of it": timed(lambda: registry.resolve("big", "production", [member])),
-        "promote: list a member's versions": timed(lambda: registry.slots("big", [member])),
-        "promote: read where they stand": timed(lambda: promotion._places_of(names)),
-        "promote: list every version": timed(lambda: registry.slots("big"), 2),
+        "blend: resolve a stage": timed(lambda: registry.resolve("big", "production")),
+        "infer: resolve one member": timed(lambda: registry.resolve("big", "production", [member])),
+        "promote: resolve every member": timed(lambda: promotion.newest("big", "")),
+        "promote: resolve one member": timed(lambda: promotion.newest("big", member)),
+        "promote: one member, whole": timed(lambda: promote(member), 1),
+        "list every version": timed(lambda: registry.slots("big"), 2),
         "set an alias": timed(lambda: versions.set_alias(names[0], "staging", 1)),
         "set a stage": timed(lambda: versions.set_stage(names[0], 1, "Staging")),
         "tag a version": timed(lambda: versions.set_version_tags(names[0], 1, {"x": "y"})),
@@ -146,6 +156,8 @@ def fill(store: str, slots: int, versions_each: int) -> None:
         "model_version_tags",
         [{"name": n, "version": v, "key": k, "value": x} for n, v in each for k, x in TAGS.items()],
     )
+    with engine.begin() as connection:  # as autovacuum does within a minute; without it PostgreSQL plans blindly
+        connection.execute(sqlalchemy.text("ANALYZE"))
     engine.dispose()
 
 

@@ -190,6 +190,38 @@ def test_a_cut_promotion(register: Callable[..., None], monkeypatch: pytest.Monk
     assert everything() == before
 
 
+def test_two_versions_put_in_one_stage_by_hand(register: Callable[..., None]) -> None:
+    for _ in range(3):
+        register(folds=[0])
+    versions.set_stage("pets.tiny.f0.s0", 1, "Production")
+    versions.set_stage("pets.tiny.f0.s0", 2, "Production")
+    before = everything()
+    assert standing() == {"tiny.f0.s0": 2}
+    promote(force=True)
+    assert standing() == {"tiny.f0.s0": 3}
+    rollback()
+    assert everything() == before
+
+
+def test_promoting_everybody_reads_the_registry_once(
+    register: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for member in ("tiny", "other", "third"):
+        register(member=member)
+        register(member=member)
+    asked: list[str] = []
+
+    def counted(prefix: str) -> list[object]:
+        asked.append(prefix)
+        return real(prefix)
+
+    real = versions.registered_models
+    monkeypatch.setattr(versions, "registered_models", counted)
+    monkeypatch.setattr(versions, "versions_of", lambda names, also="": pytest.fail("asked for versions"))
+    assert {move.version for move in promote("")} == {2}
+    assert asked == ["pets."]
+
+
 @pytest.mark.slow
 def test_the_command(house: House, monkeypatch: pytest.MonkeyPatch, refuses: Callable[[Outcome, str], None]) -> None:
     manifest = make_world(house.home / "data" / "tiny", samples=12, folds=2)

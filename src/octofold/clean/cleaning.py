@@ -142,8 +142,7 @@ def find_oof(competition: str, files: Sequence[Path], stage: str) -> list[Predic
         return [Predictions.load(file) for file in files]
     members = registry.resolve(competition, stage)
     if not members:
-        newest = registry.slots(competition)
-        members = {name: [versions[-1] for versions in group.values()] for name, group in newest.items()}
+        members = registry.newest(competition)
         if members:
             log.info("no member stands in %s: the newest version of each slot speaks", stage)
     found = [registry.oof(slot, VIEWS) for slots in members.values() for slot in slots]

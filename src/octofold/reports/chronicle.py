@@ -99,10 +99,7 @@ def members(competition: str, manifest: Manifest, views: str) -> list[Member]:
         standing |= dict.fromkeys(registry.resolve(competition, stage), stage)
     runs = {run.tags.get("member", ""): run for run in reversed(tracking.find_runs(competition, {"entry": "train"}))}
     found = []
-    for name, versions in registry.slots(competition).items():
-        newest = [slots[-1] for slots in versions.values() if slots]
-        if not newest:
-            continue
+    for name, newest in registry.newest(competition).items():
         oof, missing = _oof(newest, manifest, views)
         run = runs.get(name)
         found.append(
@@ -125,12 +122,10 @@ def common_views(competition: str, preferred: str) -> str:
     if preferred:
         return preferred
     stored: set[str] = set()
-    for versions in registry.slots(competition).values():
-        for slots in versions.values():
-            if slots and slots[-1].run_id:
-                listed = tracking.list_artifacts(slots[-1].run_id, "oof")
-                stored |= {path.rpartition("/")[2].removesuffix(".parquet") for path in listed}
-            break
+    for slots in registry.newest(competition).values():
+        if slots[0].run_id:
+            listed = tracking.list_artifacts(slots[0].run_id, "oof")
+            stored |= {path.rpartition("/")[2].removesuffix(".parquet") for path in listed}
     return next((views for views in reversed(NESTED) if views in stored), "none")
 
 

@@ -30,7 +30,8 @@ class Place:
     Attributes:
         aliases: version by alias (`staging`, `production`), of those that are set.
         records: what `promote` last set, by stage.
-        stages: legacy stage of each version that is not in "None".
+        stages: legacy stage by version, of the latest version in each stage but "None". Where somebody put two in one,
+            the lower stays as it is: nobody resolves to it.
     """
 
     aliases: dict[str, int] = field(default_factory=dict)
@@ -82,30 +83,36 @@ def promote(
     Raises:
         UserError: no such member, or the gate stays shut.
     """
-    found = registry.slots(competition, [member] if member else None)
-    if not found:
+    latest = newest(competition, member)
+    if not latest:
         raise UserError(
             f"member '{member}' of {competition}" if member else f"competition '{competition}'",
             expected="registered fold models",
-            got=f"none in {redact(uri())}; members there: {preview(registry.slots(competition)) or 'none'}",
+            got=f"none in {redact(uri())}; members there: {preview(registry.newest(competition)) or 'none'}",
             fix="train it first, or set MLFLOW_TRACKING_URI to the store it was trained in",
         )
-    latest = [versions_[-1] for group in found.values() for versions_ in group.values() if versions_]
     chosen = [
-        slot
-        for slot in latest
+        (slot, place)
+        for slot, place in latest
         if (folds is None or slot.fold in folds) and (seeds is None or slot.seed in seeds)
-    ]  # fmt: skip
-    for name in sorted(found):
-        check(name, [slot for slot in chosen if slot.member == name], stage, manifest_hash, all_folds, seeds, force)
-    moves = [_plan(slot, stage, place) for slot, place in zip(chosen, _places(chosen), strict=True)]
+    ]
+    for name in sorted({slot.member for slot, _ in latest}):
+        mine = [slot for slot, _ in chosen if slot.member == name]
+        check(name, mine, stage, manifest_hash, all_folds, seeds, force)
+    moves = [_plan(slot, stage, place) for slot, place in chosen]
     moves = _since_unfinished(competition, stage, moves)
     _begin(run, stage, moves)
-    _apply(moves)
-    for slot in chosen:
+    _apply(moves, [place for _, place in chosen])
+    for slot, _ in chosen:
         versions.set_version_tags(slot.name, slot.version, {f"promotion.{stage}": run.id})
     run.set_tags({STATE: "done" if any(move.before != move.after for move in moves) else "unchanged"})
     return moves
+
+
+def newest(competition: str, member: str) -> list[tuple[Slot, Place]]:
+    """Return the latest version of each of a member's slots (empty = every member's), and where its versions stand."""
+    listed = registry.models(competition, [member] if member else None)
+    return [(slot, _place(model)) for model in listed if (slot := registry.newest_of(model)) is not None]
 
 
 def check(
@@ -171,7 +178,8 @@ def rollback(run: tracking.Run, competition: str, member: str, stage: str) -> li
         )
     info, moves = fitting[0]
     mine = [move for move in moves if not member or move.member == member]
-    for move, now in zip(mine, _places_of([move.name for move in mine]), strict=True):
+    places = _places_of([move.name for move in mine])
+    for move, now in zip(mine, places, strict=True):
         expected = (move.after.aliases.get(stage), move.before.aliases.get(stage))  # the latter if a rollback was cut
         if now.aliases.get(stage) not in expected:
             raise UserError(
@@ -183,7 +191,7 @@ def rollback(run: tracking.Run, competition: str, member: str, stage: str) -> li
     back = [Move(m.name, m.member, m.replaced, m.version, before=m.after, after=m.before) for m in mine]
     run.set_tags({"rollback.of": info.id, "rollback.stage": stage})
     run.log_dict({"rolled_back": info.id, "moves": [asdict(move) for move in back]}, "rollback.json")
-    _apply(back)
+    _apply(back, places)
     rest = [move for move in moves if move not in mine]
     api = tracking.client()
     if rest:  # a partial rollback leaves the other members' way back open
@@ -211,38 +219,36 @@ def _plan(slot: Slot, stage: str, before: Place) -> Move:
     )
 
 
-def _places(slots: Sequence[Slot]) -> list[Place]:
-    return _places_of([slot.name for slot in slots])
-
-
 def _places_of(names: Sequence[str]) -> list[Place]:
-    """Read where things stand, for each registered model asked for."""
-    models = {model.name: model for model in versions.registered_models(os.path.commonprefix(list(names)))}
-    stages: dict[str, dict[str, str]] = {}
-    for version in versions.versions_of(names):
-        if version.current_stage != "None":
-            stages.setdefault(version.name, {})[str(version.version)] = version.current_stage
-    found = []
-    for name in names:
-        model = models.get(name) or versions.registered_model(name)
-        records = {
-            stage: model.tags[marker(stage)] for stage in ("staging", "production") if marker(stage) in model.tags
-        }
-        aliases = {alias: int(version) for alias, version in model.aliases.items() if alias in LEGACY}
-        found.append(Place(aliases, records, stages.get(name, {})))
-    return found
+    """Read where things stand, for each registered model asked for: one listing."""
+    listed = {model.name: model for model in versions.registered_models(os.path.commonprefix(list(names)))}
+    return [_place(listed.get(name) or versions.registered_model(name)) for name in names]
 
 
-def _apply(moves: Sequence[Move]) -> None:
-    """Write the places that differ: alias first (the truth), then the mirror, then the record of both."""
-    for move, now in zip(moves, _places_of([move.name for move in moves]), strict=True):
+def _place(model: Any) -> Place:
+    return Place(
+        aliases={alias: int(version) for alias, version in model.aliases.items() if alias in LEGACY},
+        records={stage: model.tags[marker(stage)] for stage in LEGACY if marker(stage) in model.tags},
+        stages={str(v.version): v.current_stage for v in model.latest_versions if v.current_stage != "None"},
+    )
+
+
+def _apply(moves: Sequence[Move], places: Sequence[Place]) -> None:
+    """Write what a move changes and is not so yet: alias first (the truth), then the mirror, then the record of both.
+
+    Args:
+        moves: what shall be.
+        places: what is now, as just read; after a cut it is neither a move's `before` nor its `after`.
+    """
+    for move, now in zip(moves, places, strict=True):
         to = move.after
         for alias in sorted(set(now.aliases) | set(to.aliases)):
             if now.aliases.get(alias) != to.aliases.get(alias):
                 versions.set_alias(move.name, alias, to.aliases.get(alias))
-        for version in sorted(set(now.stages) | set(to.stages), key=lambda text: (to.stages.get(text, ""), int(text))):
-            if now.stages.get(version, "None") != to.stages.get(version, "None"):
-                versions.set_stage(move.name, int(version), to.stages.get(version, "None"))
+        for version in sorted(set(move.before.stages) | set(to.stages), key=lambda v: (to.stages.get(v, ""), int(v))):
+            wanted = to.stages.get(version, "None")
+            if move.before.stages.get(version, "None") != wanted != now.stages.get(version, "None"):
+                versions.set_stage(move.name, int(version), wanted)
         for stage in sorted(set(now.records) | set(to.records)):
             if now.records.get(stage, "") != to.records.get(stage, "") and versions.has_stages():
                 versions.set_model_tag(move.name, marker(stage), to.records.get(stage, ""))

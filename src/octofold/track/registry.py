@@ -139,14 +139,29 @@ def _check_upload(run_id: str, folder: Path) -> None:
 def slots(competition: str, members: Sequence[str] | None = None) -> dict[str, dict[str, list[Slot]]]:
     """Return every registered version, ``{member: {slot name: versions, oldest first}}``."""
     found: dict[str, dict[str, list[Slot]]] = {}
-    for model in _models(competition, members):
+    for model in models(competition, members):
         match = _NAME.match(model.name)
-        assert match is not None  # _models lets no other through
+        assert match is not None  # `models` lets no other through
         found.setdefault(match["member"], {})[model.name] = []
     names = [name for group in found.values() for name in group]
     for slot in sorted(map(_slot, versions.versions_of(names)), key=lambda slot: slot.version):
         found[slot.member][slot.name].append(slot)
     return found
+
+
+def newest(competition: str, members: Sequence[str] | None = None) -> dict[str, list[Slot]]:
+    """Return the latest version of each slot, ``{member: slots by fold and seed}``: one listing, as `resolve`."""
+    found: dict[str, list[Slot]] = {}
+    for model in models(competition, members):
+        if (slot := newest_of(model)) is not None:
+            found.setdefault(slot.member, []).append(slot)
+    return {member: sorted(found[member], key=lambda slot: (slot.fold, slot.seed)) for member in sorted(found)}
+
+
+def newest_of(model: Any) -> Slot | None:
+    """Return the latest version of a registered model; None if every version was deleted."""
+    latest = max(model.latest_versions, key=lambda version: int(version.version), default=None)  # one per legacy stage
+    return None if latest is None else _slot(latest)
 
 
 def resolve(competition: str, stage: str, members: Sequence[str] | None = None) -> dict[str, list[Slot]]:
@@ -157,10 +172,9 @@ def resolve(competition: str, stage: str, members: Sequence[str] | None = None) 
     Raises:
         UserError: a slot with two candidates, a version that is gone, or a member asked for that has none here.
     """
-    models = _models(competition, members)
     chosen: dict[str, int] = {}
     known: dict[tuple[str, int], Any] = {}
-    for model in models:
+    for model in models(competition, members):
         latest = {version.current_stage: version for version in model.latest_versions}
         known |= {(model.name, int(version.version)): version for version in model.latest_versions}
         wanted = choose(model, stage, latest)
@@ -268,7 +282,8 @@ def find_checkpoint(folder: Path, what: str = "") -> Path:
     raise UserError(what or folder, expected="a checkpoint folder (model.json, model.safetensors)", got="no such files")
 
 
-def _models(competition: str, members: Sequence[str] | None) -> list[Any]:
+def models(competition: str, members: Sequence[str] | None) -> list[Any]:
+    """Return MLflow's registered models of a competition's slots: aliases, tags, the latest version of each stage."""
     listed = versions.registered_models(f"{competition}." + (f"{members[0]}." if members and len(members) == 1 else ""))
     parsed = [(model, _NAME.match(model.name)) for model in listed]
     wanted = None if members is None else set(members)
