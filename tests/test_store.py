@@ -63,3 +63,16 @@ def test_redact_values_of_secret_variables(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("MY_API_TOKEN", "tiger-1234")
     assert redact("Bearer tiger-1234") == "Bearer ***"
     assert "tiger" not in str(UserError("server", got="refused tiger-1234"))
+
+
+def test_a_run_opened_in_the_callers_folder_is_adopted_and_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_RUN_ID", "abc")
+    assert store.adopt() == "abc"
+    assert store.adopt() is None
+    assert not caplog.records  # the project's own store: nothing to say
+    monkeypatch.setenv("MLFLOW_RUN_ID", "abc")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    assert store.adopt() == "abc"
+    assert "make ui" in caplog.text

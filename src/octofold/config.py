@@ -96,6 +96,7 @@ def run_main(schema: type[S], run: Callable[[S], dict[str, Any]], argv: Sequence
     argv = list(sys.argv[1:] if argv is None else argv)
     program = Path(sys.argv[0]).name
     if {"-h", "--help"} & set(argv):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` is no defect
         print(help_text(schema, program, sys.modules["__main__"].__doc__ or schema.__doc__ or ""))
         raise SystemExit(0)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")

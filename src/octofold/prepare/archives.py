@@ -137,7 +137,9 @@ def _members(archive: Path) -> Iterator[Iterator[Member]]:
             with tarfile.open(archive) as tar:
                 with closing(_of_tar(tar, archive, "")) as members:
                     yield members
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
+    except UserError:
+        raise
+    except _BROKEN as error:
         raise UserError(archive, expected="a zip or tar archive", got=str(error) or type(error).__name__) from error
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from octofold.config import environment
+from octofold.config import environment, log
 from octofold.errors import UserError, redact
 from octofold.files import ROOT
 
@@ -26,6 +26,23 @@ def uri() -> str:
     if path != given and not path.startswith("/") and not Path(path).exists():
         return f"sqlite:///{ROOT / path}"  # relative: here if it is here, else in the project folder
     return given
+
+
+def adopt() -> str | None:
+    """Take over the run that `mlflow run` opened for this process, if it did: its id, once.
+
+    Called from another folder and told nothing, MLflow opens its default store there and not in `mlruns/`: said.
+    """
+    run_id = os.environ.pop("MLFLOW_RUN_ID", None)
+    own = (ROOT / "mlruns" / "mlflow.db").resolve()
+    if run_id and uri().startswith("sqlite:") and database(uri()).name == own.name and database(uri()) != own:
+        log.warning(
+            "this run is kept in %s, mlflow's default in the folder you called it from, and 'make ui' will not show it;"
+            " call mlflow from the project's folder, or set MLFLOW_TRACKING_URI=sqlite:///%s",
+            database(uri()),
+            own,
+        )
+    return run_id
 
 
 def database(store: str) -> Path:

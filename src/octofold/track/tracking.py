@@ -19,12 +19,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from octofold.config import Section, dump, flatten
-from octofold.errors import UserError, redact
+from octofold.errors import Handover, UserError, redact
 from octofold.files import ROOT
 from octofold.track.outage import PAUSE_S, explained, is_outage, patiently
 from octofold.track.provenance import git_diff, git_tags, identity, is_orphan
 from octofold.track.spool import Note, Spool
-from octofold.track.store import artifact_root, check_reachable, database, lock_file, locked, pages, uri
+from octofold.track.store import adopt, artifact_root, check_reachable, database, lock_file, locked, pages, uri
 
 log = logging.getLogger("octofold")
 _SPOOL = ROOT / "mlruns" / "spool"
@@ -53,8 +53,7 @@ def _client(store: str) -> Any:
         check_reachable(store)
     for name, value in _SETTINGS.items():
         os.environ.setdefault(f"MLFLOW_{name}", value)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # MLflow's own, against SQLAlchemy
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # MLflow's own, against SQLAlchemy
         return _connect(store, scheme)
 
 
@@ -247,8 +246,7 @@ class Run:
         from mlflow.data.pandas_dataset import from_pandas
         from mlflow.entities import DatasetInput, InputTag
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # hints on integer columns, and MLflow's own use of pandas
+        with warnings.catch_warnings(action="ignore"):  # hints on integer columns, and MLflow's own use of pandas
             made = from_pandas(table, source=str(source or name), name=name)
             entry = DatasetInput(made._to_mlflow_entity(), tags=[InputTag("mlflow.data.context", context)])
         patiently(lambda: client().log_inputs(self.id, datasets=[entry]))
@@ -319,7 +317,7 @@ def run(
         UserError: the tracking server is not there.
     """
     api = client()
-    adopted = os.environ.pop("MLFLOW_RUN_ID", None) if parent is None else None
+    adopted = adopt() if parent is None else None
     if parent is None:
         deliver_leftovers()
         close_orphans(competition)
@@ -334,6 +332,8 @@ def run(
         if parent is None and labels["git.dirty"] == "true":
             made.log_text(git_diff(), "git.diff")
         yield made
+    except Handover:  # the run is another command's by now
+        raise
     except KeyboardInterrupt:
         made._end("KILLED")
         raise
