@@ -75,7 +75,13 @@ class Compiled(Eager):
 
 
 class OpenVino:
-    """OpenVINO on the CPU: uint8 NHWC in, normalisation inside the graph, one compiled request per batch size."""
+    """OpenVINO on the CPU: uint8 NHWC in, normalisation inside the graph.
+
+    A batch is dealt out to streams of one or a few threads each, which wait for nobody: on two cores that took 0.4 to
+    0.65 of the time that all threads on the whole batch took.
+    """
+
+    CHUNK = 2  # images a request: small enough that the streams end together
 
     def __init__(self, net: nn.Module, precision: str = "fp32") -> None:
         import warnings
@@ -98,23 +104,45 @@ class OpenVino:
             warnings.simplefilter("ignore")  # tracing warns of every Python number in timm's networks
             example = torch.zeros(2, side, side, 3, dtype=torch.uint8)
             self.model = openvino.convert_model(Bytes().eval(), example_input=example)
+        threads = torch.get_num_threads()
+        self.streams = min(threads, 4)
         self.options = {
             "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "THROUGHPUT",
+            "NUM_STREAMS": str(self.streams),
+            "INFERENCE_NUM_THREADS": threads,
         }
         self.core = openvino.Core()
-        self.requests: dict[tuple[int, ...], Any] = {}
+        self.queues: dict[tuple[int, ...], Any] = {}  # shape of a chunk: its queue
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return logits."""
         pixels = images.permute(0, 2, 3, 1).contiguous().numpy()  # no copy: images are channels last
-        if pixels.shape not in self.requests:
-            self.model.reshape(list(pixels.shape))
-            compiled = self.core.compile_model(self.model, "CPU", self.options)
-            self.requests[pixels.shape] = compiled.create_infer_request()
-        found = self.requests[pixels.shape].infer([pixels], share_inputs=True)[0]
-        return torch.from_numpy(np.array(found, dtype=np.float32))
+        found: dict[int, npt.NDArray[np.float32]] = {}
+        busy = []
+        for start in range(0, len(pixels), self.CHUNK):
+            chunk = pixels[start : start + self.CHUNK]
+            queue = self._queue(chunk.shape)
+            queue.start_async([chunk], userdata=(found, start), share_inputs=True)
+            busy.append(queue)
+        for queue in busy:
+            queue.wait_all()
+        return torch.from_numpy(np.concatenate([found[start] for start in sorted(found)]))
+
+    def _queue(self, shape: tuple[int, ...]) -> Any:
+        import openvino
+
+        if shape not in self.queues:
+            self.model.reshape(list(shape))
+            queue = openvino.AsyncInferQueue(self.core.compile_model(self.model, "CPU", self.options), self.streams)
+            queue.set_callback(_keep)
+            self.queues[shape] = queue
+        return self.queues[shape]
+
+
+def _keep(request: Any, place: tuple[dict[int, npt.NDArray[np.float32]], int]) -> None:
+    found, start = place
+    found[start] = np.array(request.get_output_tensor(0).data, dtype=np.float32)  # its memory is used again
 
 
 ENGINES: dict[str, Callable[[nn.Module, str], Forward]] = {
