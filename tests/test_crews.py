@@ -1,8 +1,8 @@
 """Parts of a big job, made side by side by several processes, are the bytes one process makes."""
 
+import dataclasses
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -35,6 +35,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Infer:
         engine="eager",
         shards=3,
         parallel=2,
+        batch_size=2,
     )
 
 
@@ -46,7 +47,7 @@ def test_side_by_side_gives_the_same_bytes(config: Infer, tmp_path: Path) -> Non
     for parallel in (1, 2):
         asked = config.model_copy(update={"parallel": parallel})
         crews.side_by_side(asked, crew, source, way)
-        assert len(shards.missing(crew, source, way, 3)) == (3 if parallel == 1 else 0)
+        assert len(shards.plan(crew, source, way, 3).missing()) == (3 if parallel == 1 else 0)
         joined = shards.run(crew, source, way, 3, progress=False)
         assert joined is not None
         written.append(Path(results.write(joined, tmp_path / f"out{parallel}")["predictions"]).read_bytes())
@@ -56,13 +57,13 @@ def test_side_by_side_gives_the_same_bytes(config: Infer, tmp_path: Path) -> Non
 def test_only_what_is_missing_is_made(config: Infer, monkeypatch: pytest.MonkeyPatch) -> None:
     crew, source = crews.muster(config), looks.find(config.images)
     way = crews.how(config, crew)
-    made = shards.make(crew, source, way, 3, 1)
+    made = shards.make(crew, shards.plan(crew, source, way, 3), way, 1)
     bytes_ = Path(made).read_bytes()
     asked: list[str] = []
     monkeypatch.setattr(compute, "map_jobs", lambda function, jobs, *_, **__: asked.extend(job.key for job in jobs))
     crews.side_by_side(config, crew, source, way)
     assert asked == ["part 0", "part 2"]
-    assert shards.make(crew, source, way, 3, 1) == made
+    assert shards.make(crew, shards.plan(crew, source, way, 3), way, 1) == made
     assert Path(made).read_bytes() == bytes_
     assert crews._ready(config.model_dump_json())[0].model_sha == crew.model_sha
 
@@ -72,10 +73,25 @@ def test_no_model_is_named(config: Infer) -> None:
         crews.muster(config.model_copy(update={"model": ""}))
 
 
-def test_values_do_not_depend_on_the_number_of_parts(config: Infer) -> None:
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 8])
+def test_the_bytes_do_not_depend_on_the_number_of_parts(config: Infer, tmp_path: Path, batch_size: int) -> None:
+    """Batches of another length would change last bits: 12 images by 5 in two parts would be 5, 1 and 5, 1."""
     crew, source = crews.muster(config), looks.find(config.images)
-    way = crews.how(config, crew)
-    one, five = (shards.run(crew, source, way, count, progress=False) for count in (1, 5))
-    assert one is not None
-    assert five is not None
-    np.testing.assert_array_equal(one.predictions.values, five.predictions.values)
+    way = dataclasses.replace(crews.how(config, crew), batch_size=batch_size)
+    written = []
+    for count in (1, 2, 3, 5, 12):
+        joined = shards.run(crew, source, way, count, progress=False)
+        assert joined is not None
+        paths = results.write(joined, tmp_path / f"out{count}")
+        written.append([Path(path).read_bytes() for path in paths.values()])
+    assert all(one == written[0] for one in written)
+
+
+def test_parts_are_all_the_images_cut_between_batches(config: Infer) -> None:
+    crew, source = crews.muster(config), looks.find(config.images)
+    for batch_size in range(1, 14):
+        for count in range(14):
+            way = dataclasses.replace(crews.how(config, crew), batch_size=batch_size)
+            parts = shards.plan(crew, source, way, count).parts
+            assert [item for part in parts for item in part] == source.items
+            assert all(len(part) % batch_size == 0 and len(part) for part in parts[:-1])

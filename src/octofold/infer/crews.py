@@ -48,7 +48,7 @@ def side_by_side(config: Infer, crew: Ensemble, source: Source, way: How) -> Non
         return
     settings = json.dumps(config.model_dump(mode="json") | {"images": str(config.images.absolute())})
     jobs = [
-        Job(f"part {place}", (settings, place)) for place in shards.missing(crew, source, way, config.shards)
+        Job(f"part {place}", (settings, place)) for place in shards.plan(crew, source, way, config.shards).missing()
     ]  # fmt: skip
     if jobs:
         compute.map_jobs(make_part, jobs, config.executor, config.parallel, title="parts")
@@ -56,12 +56,13 @@ def side_by_side(config: Infer, crew: Ensemble, source: Source, way: How) -> Non
 
 def make_part(settings: str, place: int) -> str:
     """Make one part in a process of its own; return its file. Models stay loaded for the next part."""
-    crew, source, way, count = _ready(settings)
-    return shards.make(crew, source, way, count, place)
+    crew, cut, way = _ready(settings)
+    return shards.make(crew, cut, way, place)
 
 
 @lru_cache(maxsize=1)
-def _ready(settings: str) -> tuple[Any, Any, How, int]:
+def _ready(settings: str) -> tuple[Any, shards.Plan, How]:
     config = Infer.model_validate_json(settings)
     crew = muster(config)
-    return crew, looks.find(config.images), how(config, crew), config.shards
+    way = how(config, crew)
+    return crew, shards.plan(crew, looks.find(config.images), way, config.shards), way

@@ -174,7 +174,7 @@ def stream(ensemble: Ensemble, items: Sequence[Item], how: How, total: int = 0) 
         ensemble: who speaks.
         items: the images; several may have the same content.
         how: views, batch size, engine.
-        total: images still to come after these too, if more than these: what an engine's making must pay for.
+        total: images of the whole job, if more than these: what an engine's making must pay for.
 
     Yields:
         Batches in order. Values are ``(B, K)`` probabilities or ``(B, P, 2)`` points in original pixels.

@@ -3,6 +3,9 @@
 A part is a Predictions file written whole. The folder of parts is named after everything the result depends on
 (weights, views, precision, the files and their sizes), so another job never finds them. Several machines that
 share the project folder may take one shard each; whoever finds all parts there joins them.
+
+The bytes of the result do not depend on the number of parts: they are cut between batches, because the last bits of
+a float depend on how many images share a pass, and each chooses its engine as for the whole job.
 """
 
 import os
@@ -65,50 +68,56 @@ def run(
     Raises:
         UserError: no such shard, or not one readable image.
     """
-    parts = _cut(source.items, shards)
-    if shard is not None and not 0 <= shard < len(parts):
-        raise UserError("--shard", expected=f"a number in 0..{len(parts) - 1}", got=str(shard))
-    work = ROOT / "mlruns" / "work" / "infer" / _key(ensemble, source, how, len(parts))
-    wanted = [shard] if shard is not None else list(range(len(parts)))
-    done = sum(len(parts[place]) for place in wanted if _file(work, place).exists())
-    with tqdm(
-        total=sum(len(parts[place]) for place in wanted), initial=done, unit="img", disable=not progress, mininterval=1
-    ) as bar:
-        for place in wanted:
-            if not _file(work, place).exists():
-                _one(ensemble, parts[place], how, bar).save(_file(work, place))
-    if any(not _file(work, place).exists() for place in range(len(parts))):
+    cut = plan(ensemble, source, how, shards)
+    if shard is not None and not 0 <= shard < len(cut.parts):
+        raise UserError("--shard", expected=f"a number in 0..{len(cut.parts) - 1}", got=str(shard))
+    wanted = [shard] if shard is not None else list(range(len(cut.parts)))
+    missing = [place for place in cut.missing() if place in wanted]
+    total = sum(len(cut.parts[place]) for place in wanted)
+    done = total - sum(len(cut.parts[place]) for place in missing)
+    with tqdm(total=total, initial=done, unit="img", disable=not progress, mininterval=1) as bar:
+        for place in missing:
+            make(ensemble, cut, how, place, bar)
+    if cut.missing():
         return None
-    result = _join([Predictions.load(_file(work, place)) for place in range(len(parts))], source)
-    shutil.rmtree(work)
+    result = _join([Predictions.load(cut.file(place)) for place in range(len(cut.parts))], source)
+    shutil.rmtree(cut.work)
     return result
 
 
-def missing(ensemble: Ensemble, source: Source, how: How, shards: int = 0) -> list[int]:
-    """Return the numbers of the parts that no earlier call of the same job has made."""
-    count = len(_cut(source.items, shards))
+@dataclass(frozen=True)
+class Plan:
+    """A job cut into parts: the images of each, and the folder where the finished ones lie."""
+
+    parts: Sequence[Sequence[Item]]
+    work: Path
+    images: int
+
+    def file(self, place: int) -> Path:
+        """Return where a part is, or will be."""
+        return self.work / f"part-{place:05d}.parquet"
+
+    def missing(self) -> list[int]:
+        """Return the numbers of the parts that nobody has made."""
+        return [place for place in range(len(self.parts)) if not self.file(place).exists()]
+
+
+def plan(ensemble: Ensemble, source: Source, how: How, shards: int = 0) -> Plan:
+    """Cut a job between batches into `shards` parts (0 = one per 2048 images), no more than it has batches."""
+    items = source.items
+    batches = -(-len(items) // how.batch_size)
+    count = max(1, min(batches, shards or -(-len(items) // ROWS)))
+    edges = np.minimum(np.linspace(0, batches, count + 1).astype(int) * how.batch_size, len(items))
+    parts = [items[low:high] for low, high in zip(edges[:-1], edges[1:], strict=True)]
     work = ROOT / "mlruns" / "work" / "infer" / _key(ensemble, source, how, count)
-    return [place for place in range(count) if not _file(work, place).exists()]
+    return Plan(parts, work, len(items))
 
 
-def make(ensemble: Ensemble, source: Source, how: How, shards: int, place: int) -> str:
+def make(ensemble: Ensemble, cut: Plan, how: How, place: int, bar: "tqdm[Any] | None" = None) -> str:
     """Make one part, unless it is made, and leave joining to others; return its file."""
-    parts = _cut(source.items, shards)
-    file = _file(ROOT / "mlruns" / "work" / "infer" / _key(ensemble, source, how, len(parts)), place)
-    if not file.exists():
-        with tqdm(total=len(parts[place]), disable=True) as bar:
-            _one(ensemble, parts[place], how, bar).save(file)
-    return str(file)
-
-
-def _cut(items: Sequence[Item], shards: int) -> list[Sequence[Item]]:
-    count = min(len(items), shards) if shards else -(-len(items) // ROWS)
-    edges = np.linspace(0, len(items), max(1, count) + 1).astype(int)
-    return [items[low:high] for low, high in zip(edges[:-1], edges[1:], strict=True)]
-
-
-def _file(work: Path, place: int) -> Path:
-    return work / f"part-{place:05d}.parquet"
+    if not cut.file(place).exists():
+        _one(ensemble, cut.parts[place], how, cut.images, bar).save(cut.file(place))
+    return str(cut.file(place))
 
 
 def _key(ensemble: Ensemble, source: Source, how: How, parts: int) -> str:
@@ -116,17 +125,22 @@ def _key(ensemble: Ensemble, source: Source, how: How, parts: int) -> str:
     for item in source.items:
         stat = os.stat(item.path) if item.path.exists() else None
         files.append([item.name, item.sample_id, str(item.path), *((stat.st_size, stat.st_mtime_ns) if stat else ())])
-    settings = (how.views, how.precision, how.early_exit)  # not the engine: every exact one gives the same
+    settings = (
+        how.views,
+        how.precision,
+        how.early_exit,
+        how.batch_size,
+    )  # not the engine: every exact one gives the same
     return sha256_json([ensemble.model_sha, ensemble.name, ensemble.about, *settings, parts, files])[:20]
 
 
-def _one(ensemble: Ensemble, items: Sequence[Item], how: How, bar: "tqdm[Any]") -> Predictions:
+def _one(ensemble: Ensemble, items: Sequence[Item], how: How, total: int, bar: "tqdm[Any] | None") -> Predictions:
     """Predict one part; its file names and failures travel in `extra` until the parts are joined."""
     ids: dict[str, None] = {}
     rows: list[inference.Floats] = []
     files: list[tuple[str, str]] = []
     skipped: list[Skipped] = []
-    for batch in inference.stream(ensemble, items, how, total=int((bar.total or 0) - bar.n)):
+    for batch in inference.stream(ensemble, items, how, total):
         fresh = []
         for place, item in enumerate(batch.items):
             files.append((item.name, item.sample_id))
@@ -135,7 +149,8 @@ def _one(ensemble: Ensemble, items: Sequence[Item], how: How, bar: "tqdm[Any]") 
                 fresh.append(place)
         rows += [batch.values[fresh]] if fresh else []
         skipped += batch.skipped
-        bar.update(len(batch.items) + len(batch.skipped))
+        if bar is not None:
+            bar.update(len(batch.items) + len(batch.skipped))
     points = ensemble.task == "keypoints"
     empty = np.zeros((0, len(ensemble.classes), 2) if points else (0, len(ensemble.classes)), np.float32)
     return Predictions(
