@@ -34,6 +34,16 @@ def step(entry: str, *flags: object) -> dict[str, Any]:
 
 
 def run(config: Demo) -> dict[str, Any]:
+    """Do the job in a run of its own, which holds the estimate beside the truth; each step has its run too."""
+    from octofold.track import tracking
+
+    with tracking.run("demo", config, "digits") as own:
+        result = do_the_job(config)
+        own.log_metrics({key: value for key, value in result.items() if key.startswith(("estimate/", "held_out/"))})
+    return {**result, "run_id": own.id}
+
+
+def do_the_job(config: Demo) -> dict[str, Any]:
     """Prepare, train, promote, blend; then score the submission on the digits kept aside."""
     prepared = step("prepare", "--competition", "digits", "--builtin", "digits", "--folds", config.folds)
     members = [step("train", "--manifest", prepared["manifest"], "--config", recipe) for recipe in config.configs]

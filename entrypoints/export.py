@@ -10,9 +10,14 @@ from octofold.config import run_main
 
 def run(config: Export) -> dict[str, object]:
     """Write the bundle."""
+    from octofold.track import tracking
     from octofold.train import bundles
 
-    return bundles.export(config)
+    with tracking.run("export", config, config.competition, name=f"export {config.member}") as run:
+        done = bundles.export(config)
+        run.log_dict(done, "export.json")
+        run.log_metrics({"files": done["files"], "bytes": done["bytes"]})
+        return {"run_id": run.id, **done}
 
 
 if __name__ == "__main__":
