@@ -1,4 +1,4 @@
-"""The one error a user can cause: it says where, what was expected, what came, what to do."""
+"""The one error a user can cause: it says where, what was expected, what came, what to do. And one that nobody sees."""
 
 import os
 import re
@@ -35,6 +35,10 @@ class UserError(ValueError):
         lines += [f"  got:      {got}"] if got else []
         lines += [f"  do this:  {fix}"] if fix else []
         super().__init__(redact("\n".join(lines)))
+
+
+class Handover(Exception):
+    """What this process was doing is another command's by now: stop, and leave everything to that one."""
 
 
 def known(kind: str, name: str, table: object) -> str:

@@ -1,7 +1,7 @@
 """Members: a recipe over folds and seeds, one parent run, one child run and one registered version per slot.
 
 Whatever is interrupted goes on: a run is found again by its tags (recipe, manifest, slot), and each step of filling a
-slot may be repeated without leaving a second trace. Commands on several machines share a member slot by slot (`leases`).
+slot may be repeated without leaving a second trace. Commands on several machines share a member's slots (`leases`).
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from octofold.commands import Train
 from octofold.compute import Devices, device_setup
 from octofold.data import manifest
 from octofold.data.manifest import Manifest
-from octofold.errors import Handover, preview
+from octofold.errors import Handover, UserError, preview
 from octofold.files import ROOT, existing
 from octofold.infer import serving
 from octofold.metrics import fingerprint
@@ -196,8 +196,19 @@ def _check_unfinished(config: Train, recipe: Recipe, table: Manifest, fold: int,
     folder = _folder(table, recipe, fold, seed)
     if config.restart and folder.exists():
         shutil.rmtree(folder)
-    if (folder / "identity.json").exists():
+    if not (folder / "identity.json").exists():
+        return
+    try:
         checkpoint.claim(folder, checkpoint.identity(recipe, table.hash, fold, seed, _start(recipe, fold, seed)))
+    except UserError:
+        tags = _tags(recipe, table) | _slot_tags(fold, seed)
+        if _filled(tracking.find_runs(table.competition, tags)) is None:
+            raise
+        _discard(folder)  # another machine has filled it meanwhile
+
+
+def _slot_tags(fold: int, seed: int) -> dict[str, str]:
+    return {"entry": "train.slot", "fold": str(fold), "seed": str(seed)}
 
 
 def _start(recipe: Recipe, fold: int, seed: int) -> Path | None:
@@ -216,7 +227,7 @@ def _start(recipe: Recipe, fold: int, seed: int) -> Path | None:
 
 def _runs(call: Call, fold: int, seed: int) -> list[RunInfo]:
     """The slot's runs, newest first; if all shall be trained anew, only those of this very call."""
-    tags = call.tags | {"entry": "train.slot", "fold": str(fold), "seed": str(seed)}
+    tags = call.tags | _slot_tags(fold, seed)
     found = tracking.find_runs(call.table.competition, tags)
     return [run for run in found if not call.config.restart or run.tags.get("mlflow.parentRunId") == call.parent_id]
 
@@ -256,12 +267,13 @@ def _train(call: Call, fold: int, seed: int, resume: str | None) -> Filled:
     """
     recipe, table, lessee, parent_id = call.recipe, call.table, call.lessee, call.parent_id
     folder, name = _folder(table, recipe, fold, seed), f"{recipe.member} f{fold} s{seed}"
-    mine = call.tags | {"fold": str(fold), "seed": str(seed)}
+    mine = call.tags | _slot_tags(fold, seed)
     with tracking.run("train.slot", call.config, table.competition, name, mine, parent_id, resume) as run:
         seen = run.metric_steps("train/loss") if resume else set()
 
         def report(epoch: int, metrics: dict[str, float]) -> None:
-            lessee.check(_slot(fold, seed), at_once=False)
+            if call.devices.world == 1:  # else the processes that accompany would wait for us in the next step
+                lessee.check(_slot(fold, seed), at_once=False)
             shown = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
             log.info("%s epoch %d: %s", name, epoch, shown)
             if epoch not in seen:
