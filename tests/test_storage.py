@@ -1,11 +1,13 @@
 """mlruns/ can be moved, and cleaned of what nothing refers to, of nothing else."""
 
+import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from conftest import House
 from octofold.errors import UserError
 from octofold.track import storage, tracking, versions
 
@@ -99,3 +101,32 @@ def test_gc_removes_it(mlruns: Path, filled: dict[str, str]) -> None:
     with pytest.raises(UserError, match="run"):
         tracking.get_run(filled["loose"])
     assert tracking.download(filled["registered"], "model").exists()
+
+
+@pytest.mark.slow
+def test_the_commands_keep_a_record_of_what_they_did(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlruns = house.home / "mlruns"
+    unknown = mlruns / "artifacts" / "pets" / ("0" * 32)
+    unknown.mkdir(parents=True)
+    (unknown / "file").write_text("something")
+    listed = house.run("gc").result
+    assert (listed["found"], listed["freed"]) == ([str(unknown)], 0)
+    removed = house.run("gc", "--yes").result  # the run before is no rubbish, nor is its own
+    assert (removed["found"], removed["freed"], unknown.exists()) == ([str(unknown)], 9, False)
+    new = House(house.home.with_name("another house"))
+    house.home.rename(new.home)
+    assert "run_id" not in new.run("relocate", "--dry").result
+    moved = new.run("relocate").result
+    _use(monkeypatch, new.home / "mlruns")
+    for done, name, key in (
+        (listed, "gc.json", "found"),
+        (removed, "gc.json", "found"),
+        (moved, "relocate.json", "changed"),
+    ):
+        info = tracking.get_run(done["run_id"])
+        assert (info.status, info.tags["competition"]) == ("FINISHED", storage.HOUSEKEEPING)
+        kept = json.loads(tracking.download(info.id, name).read_text())
+        assert kept[key]
+    assert tracking.get_run(removed["run_id"]).metrics["gc/freed"] == 9
+    assert tracking.get_run(removed["run_id"]).params["cfg.yes"] == "True"
+    assert tracking.get_run(moved["run_id"]).metrics["relocate/values"] == sum(moved["changed"].values())

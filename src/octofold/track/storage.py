@@ -20,6 +20,8 @@ from octofold.track import tracking, versions
 from octofold.track.store import database, lock_file, locked, pages, uri
 
 log = logging.getLogger("octofold")
+HOUSEKEEPING = "housekeeping"
+"""The experiment in which `relocate` and `gc`, which belong to no competition, say what they did."""
 _ALL = 3  # MLflow's ViewType.ALL: active and deleted
 
 _COLUMNS = {
