@@ -50,6 +50,8 @@ def nested(views: str) -> dict[str, int]:
 def predict_views(forward: Any, task: Any, images: torch.Tensor, views: str) -> dict[str, Floats]:
     """Predict one batch in every view, one view at a time: the memory of a single forward pass.
 
+    An engine that deals images out to streams (`OpenVino`) gets all views at once: bytes wait, activations do not.
+
     Args:
         forward: ``(B, 3, S, S)`` uint8 to logits; a `Net` or an `engine.Engine`.
         task: from `tasks.make_task`.
@@ -61,10 +63,12 @@ def predict_views(forward: Any, task: Any, images: torch.Tensor, views: str) -> 
     """
     with torch.inference_mode():
         # The outputs are tiny beside the images: keep all views' on the device, fetch them at once.
-        passes = [
-            task.activate(forward(tta.apply(images, view).contiguous(memory_format=torch.channels_last)).float())
-            for view in tta.VIEWS[views]
-        ]
+        turned = (tta.apply(images, view).contiguous(memory_format=torch.channels_last) for view in tta.VIEWS[views])
+        if getattr(forward, "streams", 0) > 1:
+            logits = forward(torch.cat(list(turned))).split(len(images))
+        else:
+            logits = map(forward, turned)
+        passes = [task.activate(one.float()) for one in logits]
         outputs = torch.stack(passes).cpu().numpy().astype(np.float64)  # (V, B, K) or (V, B, P, 2)
     undone = np.stack([task.undo(values, view) for values, view in zip(outputs, tta.VIEWS[views], strict=True)])
     return {name: undone[:count].mean(axis=0).astype(np.float32) for name, count in nested(views).items()}
