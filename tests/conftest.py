@@ -23,6 +23,15 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"
 
 
+LONGEST = ("test_tour", "test_resume", "test_scale", "test_report")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin the longest files first, or a worker ends alone with one of them."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
+
+
 def _real(name: str) -> Path:
     if not (SHARED / name).is_dir():
         pytest.skip(f"needs the real data set '{name}' in {SHARED}, which is not shipped with the repository")
