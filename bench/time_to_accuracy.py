@@ -1,20 +1,24 @@
 """Seconds until a validation accuracy is reached: `configs/grocery/fast.yaml` beside default finetunes of one backbone.
 
     pip install fastai                          # only here
-    python bench/time_to_accuracy.py --manifest data/grocery15/manifest.csv [--seeds 0 1 2] [--out curve.png]
+    python bench/time_to_accuracy.py --manifest data/grocery15/manifest.csv --size 128 [--out curve.png]
 
-All start from the same ImageNet weights (tf_efficientnet_lite0, a pip package), train on the manifest's folds but 0 and
-validate on fold 0. `plain` is torch with AdamW 3e-4 and a cosine over five epochs; `fastai` is `fine_tune(3)` at its
-defaults: one epoch of the head, three of all. The clock starts when data and weights are ready and runs through
-training and validation alike; ours starts before calibration and before any feature is computed. Peers and ours take
-turns by seed, a process each. The headline: the best accuracy a peer reaches, when it first did, and when ours first
-reached as much.
+All start from the same ImageNet weights (tf_efficientnet_lite0, a pip package) and see the same photos at the same
+size. Turn n holds fold n out and uses seed n. `plain` is torch with AdamW 3e-4 and a cosine over five epochs; `fastai`
+is `fine_tune(3)` at its defaults: one epoch of the head, three of all.
+
+Ours is the whole command a user types, to its exit: interpreter, decoding, calibration, feature pass, training, MLflow,
+registering; in a project folder that holds the manifest and an empty store, as `prepare` leaves it. Its accuracy is the
+`oof/accuracy` of the command's last line, one view. A peer's seconds count from its first training step (its start-up
+is given to it) to the epoch with its best validation accuracy, chosen in hindsight. The best peer of a turn is the one
+with the best such accuracy. An interrupted bench goes on with the turn it had come to.
 """
 
 import argparse
 import json
 import os
-import shutil
+import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,17 +27,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import turns
 
-SIZE, BATCH = 192, 32
+BATCH, CORES = 32, os.cpu_count() or 1
+CHECKOUT = Path(__file__).resolve().parents[1]
 Curve = list[tuple[float, float]]  # (seconds since the start, validation accuracy)
 
 
-def network() -> Any:
+def network(flags: argparse.Namespace) -> Any:
     """The backbone with its packaged weights and a new head, as a plain timm user would load it."""
     from octofold import recipe
     from octofold.nets import models
 
-    return models.build(recipe.Model(name="tf_efficientnet_lite0", weights="package", input_size=SIZE), 15)
+    return models.build(recipe.Model(name="tf_efficientnet_lite0", weights="package", input_size=flags.size), 15)
 
 
 def plain(flags: argparse.Namespace) -> Curve:
@@ -43,16 +49,14 @@ def plain(flags: argparse.Namespace) -> Curve:
     from torchvision import transforms as T
     from torchvision.datasets import ImageFolder
 
-    torch.manual_seed(flags.seed)
-    change = T.Compose([T.RandomResizedCrop(SIZE), T.RandomHorizontalFlip(), T.PILToTensor()])
-    still = T.Compose([T.Resize(SIZE), T.CenterCrop(SIZE), T.PILToTensor()])
-    workers = os.cpu_count() or 1
+    torch.manual_seed(flags.turn)
+    change = T.Compose([T.RandomResizedCrop(flags.size), T.RandomHorizontalFlip(), T.PILToTensor()])
+    still = T.Compose([T.Resize(flags.size), T.CenterCrop(flags.size), T.PILToTensor()])
     train = DataLoader(
-        ImageFolder(flags.folder / "train", change), BATCH, shuffle=True, drop_last=True, num_workers=workers
+        ImageFolder(flags.folder / "train", change), BATCH, shuffle=True, drop_last=True, num_workers=CORES
     )
-    valid = DataLoader(ImageFolder(flags.folder / "valid", still), 64, num_workers=workers)
-    net = network()
-    epochs = 5
+    valid = DataLoader(ImageFolder(flags.folder / "valid", still), 64, num_workers=CORES)
+    net, epochs = network(flags), 5
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(train))
     begun, curve = time.perf_counter(), []
@@ -83,7 +87,7 @@ def fastai(flags: argparse.Namespace) -> Curve:
         set_seed,
     )
 
-    set_seed(flags.seed)
+    set_seed(flags.turn)
     curve: Curve = []
 
     class Clock(Callback):  # type: ignore[misc]
@@ -93,11 +97,11 @@ def fastai(flags: argparse.Namespace) -> Curve:
             curve.append((time.perf_counter() - begun, float(self.learn.recorder.values[-1][-1])))
 
     data = ImageDataLoaders.from_folder(
-        flags.folder, train="train", valid="valid", item_tfms=RandomResizedCrop(SIZE, min_scale=0.35), bs=BATCH,
-        batch_tfms=[IntToFloatTensor(div=1)], num_workers=os.cpu_count() or 1,
+        flags.folder, train="train", valid="valid", item_tfms=RandomResizedCrop(flags.size, min_scale=0.35), bs=BATCH,
+        batch_tfms=[IntToFloatTensor(div=1)], num_workers=CORES,
     )  # fmt: skip
     learner = Learner(
-        data, network(), metrics=accuracy, cbs=Clock(),
+        data, network(flags), metrics=accuracy, cbs=Clock(),
         splitter=lambda net: [params(net.trunk), params(net.head)],
     )  # fmt: skip
     begun = time.perf_counter()
@@ -107,56 +111,65 @@ def fastai(flags: argparse.Namespace) -> Curve:
 
 
 def ours(flags: argparse.Namespace) -> Curve:
-    """`training.train_slot` with the fast recipe, with no feature and no calibration known before."""
-    import yaml
-
-    from octofold import files
-    from octofold.data import manifest
-    from octofold.recipe import Recipe
-    from octofold.train import training
-
-    table = manifest.read(flags.manifest)
-    settings = yaml.safe_load((Path(__file__).parents[1] / "configs/grocery/fast.yaml").read_text())
-    recipe = Recipe.model_validate(settings | {"tta": "none"})
-    for stale in (files.ROOT / "data" / table.competition / "cache").glob("features-*.npy"):
-        stale.unlink()
-    for stale in ("calibration.json", "engines.json"):
-        (files.ROOT / "mlruns" / stale).unlink(missing_ok=True)
-    curve: Curve = []
-    begun = time.perf_counter()
-
-    def report(epoch: int, metrics: dict[str, float]) -> None:
-        curve.append((time.perf_counter() - begun, metrics["valid/accuracy"]))
-
-    with tempfile.TemporaryDirectory() as folder:
-        training.train_slot(recipe, table, 0, flags.seed, Path(folder) / "slot", report)
+    """`entrypoints/train.py`, nothing known before: its epochs as they are logged, and last the exit."""
+    with tempfile.TemporaryDirectory() as home:
+        place = os.environ | {"OCTOFOLD_HOME": home}
+        subprocess.run(
+            [sys.executable, "-c", "from octofold.track import tracking; tracking.client()"], env=place, check=True
+        )
+        command = [sys.executable, str(CHECKOUT / "entrypoints/train.py"), f"--manifest={flags.manifest.absolute()}"]
+        command += [f"--config={CHECKOUT}/configs/grocery/fast.yaml", f"--model.input_size={flags.size}", "--tta=none"]
+        command += [f"--folds={flags.turn}", f"--seeds={flags.turn}"]
+        begun, curve = time.perf_counter(), []
+        process = subprocess.Popen(
+            command, env=place, cwd=home, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for line in process.stderr:
+            if found := re.search(r"valid/accuracy ([\d.]+)", line):
+                curve.append((time.perf_counter() - begun, float(found[1])))
+        result = json.loads(process.stdout.read().splitlines()[-1])
+        process.wait()
+        curve.append((time.perf_counter() - begun, result["oof/accuracy"]))
     return curve
 
 
-def split_folders(manifest_file: Path, folder: Path) -> None:
-    """Lay fold 0 and the rest out as class folders."""
-    from octofold.data import manifest
-
-    table = manifest.read(manifest_file)
-    for path, label, fold in zip(table.paths, table.table["label"], table.fold, strict=True):
-        place = folder / ("valid" if fold == 0 else "train") / label
-        place.mkdir(parents=True, exist_ok=True)
-        (place / path.name).symlink_to(path)
+CONTESTANTS = {one.__name__: one for one in (ours, plain, fastai)}
 
 
-def first_at(curve: Curve, accuracy: float) -> float | None:
-    """When a curve first reached an accuracy."""
-    return next((seconds for seconds, value in curve if value >= accuracy - 1e-9), None)
+def turn(flags: argparse.Namespace, name: str, number: int) -> turns.Result:
+    """One contestant's curve on fold and seed `number`."""
+    with turns.class_folders(flags.manifest, number) as folder:
+        asked = [f"--manifest={flags.manifest}", f"--size={flags.size}", f"--folder={folder}"]
+        return turns.alone(__file__, *asked, f"--only={name}", f"--turn={number}")
 
 
-def draw(curves: dict[str, list[Curve]], path: Path) -> None:
-    """Draw accuracy over seconds, one line per seed."""
+def compare(curves: dict[str, dict[int, Curve]]) -> dict[str, Any]:
+    """Per turn: the best peer's accuracy and when, ours and when, and the share of the time."""
+    rows = []
+    for number, mine in curves["ours"].items():
+        peers = {name: max(found[number], key=lambda at: (at[1], -at[0])) for name, found in curves.items()}
+        del peers["ours"]
+        name = max(peers, key=lambda one: (peers[one][1], -peers[one][0]))
+        seconds, accuracy = peers[name]
+        rows.append(
+            {
+                "turn": number, "best_peer": name, "accuracy": round(accuracy, 4), "seconds": round(seconds, 1),
+                "ours_accuracy": round(mine[-1][1], 4), "ours_seconds": round(mine[-1][0], 1),
+                "share_of_the_time": round(mine[-1][0] / seconds, 3),
+            }
+        )  # fmt: skip
+    return {"turns": rows, "median_share": statistics.median(row["share_of_the_time"] for row in rows)}
+
+
+def draw(curves: dict[str, dict[int, Curve]], size: int, path: Path) -> None:
+    """Draw accuracy over seconds, one line per turn."""
     from octofold import plots
 
     figure = plots.new_figure()
-    axes = figure.add_subplot(xlabel="seconds (log)", ylabel="validation accuracy, fold 0", xscale="log")
-    for (name, seeds), (colour, line, marker) in zip(curves.items(), plots.STYLES, strict=False):
-        for number, curve in enumerate(seeds):
+    labels = {"xlabel": "seconds (log)", "ylabel": "accuracy on the held-out fold", "xscale": "log"}
+    axes = figure.add_subplot(title=f"tf_efficientnet_lite0 at {size} px, grocery15, folds 0 to 2", **labels)
+    for (name, found), (colour, line, marker) in zip(curves.items(), plots.STYLES, strict=False):
+        for number, curve in enumerate(found.values()):
             label = name if number == 0 else None
             axes.plot(*np.array(curve).T, line, color=colour, marker=marker, markersize=3, label=label)
     axes.grid(alpha=0.3)
@@ -165,41 +178,28 @@ def draw(curves: dict[str, list[Curve]], path: Path) -> None:
 
 
 def main() -> None:
-    """Run peers and ours in turns; print curves and the headline."""
+    """Run the turns that the record does not hold; print every curve and the comparison."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--manifest", type=Path, required=True)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--peers", nargs="+", default=["ours", "plain", "fastai"])
+    parser.add_argument("--size", type=int, default=160)
+    parser.add_argument("--turns", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--contestants", nargs="+", default=list(CONTESTANTS), choices=CONTESTANTS)
+    parser.add_argument("--record", type=Path, default=Path("time_to_accuracy.jsonl"), help="results so far")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=CONTESTANTS, help="what a turn calls")
+    parser.add_argument("--turn", type=int, default=0)
     parser.add_argument("--folder", type=Path)
     flags = parser.parse_args()
     if flags.only:
-        print(json.dumps(globals()[flags.only](flags)))
+        print(json.dumps({"curve": CONTESTANTS[flags.only](flags)}))
         return
-    curves: dict[str, list[Curve]] = {peer: [] for peer in flags.peers}
-    folder = Path(tempfile.mkdtemp())
-    split_folders(flags.manifest, folder)
-    for seed in flags.seeds:
-        for peer in flags.peers:
-            command = [sys.executable, __file__, "--manifest", str(flags.manifest), "--only", peer]
-            command += ["--seed", str(seed), "--folder", str(folder)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                print(json.dumps({"peer": peer, "failed": done.stderr.strip().splitlines()[-3:]}), flush=True)
-                continue
-            curves[peer].append(json.loads(done.stdout.strip().splitlines()[-1]))
-            print(json.dumps({"peer": peer, "seed": seed, "curve": curves[peer][-1]}), flush=True)
-    shutil.rmtree(folder)
-    curves = {peer: seeds for peer, seeds in curves.items() if seeds}
-    for number in range(min(map(len, curves.values()))):
-        best = max((value, -seconds) for peer in curves.keys() - {"ours"} for seconds, value in curves[peer][number])
-        mine = first_at(curves["ours"][number], best[0])
-        share = None if mine is None else round(mine / -best[1], 3)
-        print(json.dumps({"peer_best": best[0], "peer_s": -best[1], "ours_s": mine, "share_of_the_time": share}))
+    turns.take_turns(flags.contestants, flags.turns, lambda name, number: turn(flags, name, number), flags.record)
+    curves: dict[str, dict[int, Curve]] = {}
+    for line in turns.lines(flags.record):
+        curves.setdefault(line["name"], {})[line["round"]] = line["curve"]
+    print(json.dumps(compare(curves)))
     if flags.out:
-        draw(curves, flags.out)
+        draw(curves, flags.size, flags.out)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,14 @@
 Every peer is a process of its own, with its own defaults and no flag given by its user; they take turns, A B C A B C,
 on the same photos, the same timm network (random weights: speed does not depend on them), AdamW and batch size.
 `timm_expert` is timm's loader with what its expert would ask for: bf16 and channels_last. Ours is timed after
-calibration and after the photos are in the cache; both costs are printed beside it. Epochs are cut at --steps.
+calibration and after the photos are in the cache; both costs are printed beside it. Epochs are cut at --steps, the
+first two steps are not counted. With --record FILE an interrupted bench goes on.
 """
 
 import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,14 +21,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-PEERS = ("ours", "plain", "timm", "timm_expert", "fastai", "lightning")
-CLASSES = 15
+import turns
 
-
-def timed(steps: Iterator[int], batch: int) -> dict[str, float]:
-    """Drive `steps` and return images per second, the first two steps left out."""
-    marks = [time.perf_counter() for _ in steps]
-    return {"images_per_s": batch * (len(marks) - 2) / (marks[-1] - marks[1])}
+CORES = os.cpu_count() or 1
+Marks = list[float]  # when each step ended
 
 
 def network(flags: argparse.Namespace) -> Any:
@@ -37,31 +32,11 @@ def network(flags: argparse.Namespace) -> Any:
     import timm
 
     sized = {"img_size": flags.size} if flags.model.startswith("vit") else {}
-    return timm.create_model(flags.model, num_classes=CLASSES, **sized)
+    return timm.create_model(flags.model, num_classes=15, **sized)
 
 
-def loop(loader: Any, flags: argparse.Namespace, expert: bool = False) -> Iterator[int]:
-    """The loop everybody writes; an expert adds bf16 and channels_last."""
-    import torch
-
-    net = network(flags).train()
-    if expert:
-        net = net.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-    for step, (images, target) in enumerate(loader):
-        images = images.contiguous(memory_format=torch.channels_last) if expert else images
-        with torch.autocast("cpu", torch.bfloat16) if expert else nullcontext():
-            loss = torch.nn.functional.cross_entropy(net(images), target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        yield step
-        if step + 1 == flags.steps:
-            return
-
-
-def plain(flags: argparse.Namespace) -> dict[str, float]:
-    """torch, torchvision's ImageFolder and a DataLoader."""
+def folder_loader(flags: argparse.Namespace) -> Any:
+    """torchvision's ImageFolder and a DataLoader."""
     from torch.utils.data import DataLoader
     from torchvision import transforms as T
     from torchvision.datasets import ImageFolder
@@ -72,40 +47,58 @@ def plain(flags: argparse.Namespace) -> dict[str, float]:
         T.ToTensor(),
         T.Normalize([0.5] * 3, [0.5] * 3),
     ]
-    photos = ImageFolder(flags.folder, T.Compose(change))
-    loader = DataLoader(photos, flags.batch, shuffle=True, num_workers=os.cpu_count() or 1, drop_last=True)
-    return timed(loop(loader, flags), flags.batch)
+    photos = ImageFolder(flags.folder / "train", T.Compose(change))
+    return DataLoader(photos, flags.batch, shuffle=True, num_workers=CORES, drop_last=True)
 
 
-def timm(flags: argparse.Namespace, expert: bool = False) -> dict[str, float]:
+def loop(loader: Any, flags: argparse.Namespace, expert: bool = False) -> Marks:
+    """The loop everybody writes; an expert adds bf16 and channels_last."""
+    import torch
+
+    net, marks = network(flags).train(), []
+    if expert:
+        net = net.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    for images, target in loader:
+        images = images.contiguous(memory_format=torch.channels_last) if expert else images
+        with torch.autocast("cpu", torch.bfloat16) if expert else nullcontext():
+            loss = torch.nn.functional.cross_entropy(net(images), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        marks.append(time.perf_counter())
+        if len(marks) == flags.steps:
+            break
+    return marks
+
+
+def plain(flags: argparse.Namespace) -> Marks:
+    """torch and torchvision."""
+    return loop(folder_loader(flags), flags)
+
+
+def timm(flags: argparse.Namespace, expert: bool = False) -> Marks:
     """The loaders of timm's training script (colour jitter and all) with its plain loop."""
     from timm.data import create_dataset, create_loader
 
-    photos = create_dataset("", root=flags.folder, is_training=True)
+    photos = create_dataset("", root=str(flags.folder / "train"), is_training=True)
     loader = create_loader(
         photos, (3, flags.size, flags.size), flags.batch, is_training=True, use_prefetcher=False,
-        num_workers=os.cpu_count() or 1, device="cpu", persistent_workers=False,
+        num_workers=CORES, device="cpu", persistent_workers=False,
     )  # fmt: skip
-    return timed(loop(loader, flags, expert), flags.batch)
+    return loop(loader, flags, expert)
 
 
-def timm_expert(flags: argparse.Namespace) -> dict[str, float]:
+def timm_expert(flags: argparse.Namespace) -> Marks:
     """The same, told to use bf16 and channels_last."""
     return timm(flags, expert=True)
 
 
-def fastai(flags: argparse.Namespace) -> dict[str, float]:
+def fastai(flags: argparse.Namespace) -> Marks:
     """A fastai Learner over the same network."""
-    from fastai.vision.all import (
-        Callback,
-        CancelFitException,
-        ImageDataLoaders,
-        Learner,
-        Normalize,
-        RandomResizedCrop,
-    )
+    from fastai.vision.all import Callback, CancelFitException, ImageDataLoaders, Learner, Normalize, RandomResizedCrop
 
-    marks: list[float] = []
+    marks: Marks = []
 
     class Clock(Callback):  # type: ignore[misc]
         def after_batch(self) -> None:
@@ -115,24 +108,21 @@ def fastai(flags: argparse.Namespace) -> dict[str, float]:
                     raise CancelFitException
 
     data = ImageDataLoaders.from_folder(
-        flags.folder, valid_pct=0.05, seed=0, item_tfms=RandomResizedCrop(flags.size), bs=flags.batch,
-        batch_tfms=Normalize.from_stats([0.5] * 3, [0.5] * 3), num_workers=os.cpu_count() or 1,
+        flags.folder / "train", valid_pct=0.05, seed=0, item_tfms=RandomResizedCrop(flags.size), bs=flags.batch,
+        batch_tfms=Normalize.from_stats([0.5] * 3, [0.5] * 3), num_workers=CORES,
     )  # fmt: skip
     learner = Learner(data, network(flags), cbs=Clock())
     with learner.no_bar(), learner.no_logging():
         learner.fit_one_cycle(1)
-    return {"images_per_s": flags.batch * (len(marks) - 2) / (marks[-1] - marks[1])}
+    return marks
 
 
-def lightning(flags: argparse.Namespace) -> dict[str, float]:
+def lightning(flags: argparse.Namespace) -> Marks:
     """A Lightning Trainer over the same network and plain's data."""
     import lightning as L
     import torch
-    from torch.utils.data import DataLoader
-    from torchvision import transforms as T
-    from torchvision.datasets import ImageFolder
 
-    marks: list[float] = []
+    marks: Marks = []
 
     class Module(L.LightningModule):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -148,22 +138,12 @@ def lightning(flags: argparse.Namespace) -> dict[str, float]:
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
-    change = [
-        T.RandomResizedCrop(flags.size),
-        T.RandomHorizontalFlip(),
-        T.ToTensor(),
-        T.Normalize([0.5] * 3, [0.5] * 3),
-    ]
-    photos = ImageFolder(flags.folder, T.Compose(change))
-    loader = DataLoader(photos, flags.batch, shuffle=True, num_workers=os.cpu_count() or 1, drop_last=True)
-    L.Trainer(
-        max_epochs=1, max_steps=flags.steps, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        accelerator="cpu",
-    ).fit(Module(), loader)  # fmt: skip
-    return {"images_per_s": flags.batch * (len(marks) - 2) / (marks[-1] - marks[1])}
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    L.Trainer(max_epochs=1, max_steps=flags.steps, accelerator="cpu", **quiet).fit(Module(), folder_loader(flags))
+    return marks
 
 
-def ours(flags: argparse.Namespace) -> dict[str, Any]:
+def ours(flags: argparse.Namespace) -> Marks:
     """The loop of `training.train_slot`, nothing asked for."""
     from octofold.compute import device_setup
     from octofold.data import manifest
@@ -173,29 +153,20 @@ def ours(flags: argparse.Namespace) -> dict[str, Any]:
     model = {"name": flags.model, "input_size": flags.size}
     recipe = Recipe.model_validate({"model": model, "augment": {"preset": "no_color"}, "batch_size": flags.batch})
     begun = time.perf_counter()
+
+    def steps() -> Iterator[float]:
+        for batch in part.batches.stream(0, 0):
+            training._update(slot, part, batch)
+            yield time.perf_counter()
+
     with tempfile.TemporaryDirectory() as folder:
         slot = job.open_job(recipe, manifest.read(flags.manifest), 0, 0, Path(folder), device_setup())
         part = job.enter(slot, 0)
-        ready = time.perf_counter() - begun
-
-        def steps() -> Iterator[int]:
-            for step, batch in enumerate(part.batches.stream(0, 0)):
-                training._update(slot, part, batch)
-                yield step
-                if step + 1 == flags.steps:
-                    return
-
-        return timed(steps(), flags.batch) | {"ready_s": round(ready, 1), "runtime": slot.runtime}
+        flags.beside = {"ready_s": round(time.perf_counter() - begun, 1), "runtime": slot.runtime}
+        return [mark for _, mark in zip(range(flags.steps), steps(), strict=False)]
 
 
-def class_folders(manifest_file: Path, folder: Path) -> None:
-    """Lay the photos out as class folders, what every peer reads."""
-    from octofold.data import manifest
-
-    table = manifest.read(manifest_file)
-    for path, label in zip(table.paths, table.table["label"], strict=True):
-        (folder / label).mkdir(parents=True, exist_ok=True)
-        (folder / label / path.name).symlink_to(path)
+PEERS = {peer.__name__: peer for peer in (ours, plain, timm, timm_expert, fastai, lightning)}
 
 
 def main() -> None:
@@ -208,32 +179,32 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
-    parser.add_argument("--only", choices=PEERS)
+    parser.add_argument("--record", type=Path)
+    parser.add_argument("--only", choices=PEERS, help="what a turn calls")
     parser.add_argument("--folder", type=Path)
     flags = parser.parse_args()
     if flags.only:
-        print(json.dumps(globals()[flags.only](flags)))
+        flags.beside = {}
+        marks = PEERS[flags.only](flags)
+        speed = flags.batch * (len(marks) - 2) / (marks[-1] - marks[1])
+        print(json.dumps({"images_per_s": round(speed, 2), **flags.beside}))
         return
-    speeds: dict[str, list[float]] = {peer: [] for peer in flags.peers}
-    with tempfile.TemporaryDirectory() as folder:
-        class_folders(flags.manifest, Path(folder))
-        for _ in range(flags.rounds):
-            for peer in flags.peers:
-                command = [sys.executable, __file__, *sys.argv[1:], "--only", peer, "--folder", folder]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    print(json.dumps({"peer": peer, "failed": done.stderr.strip().splitlines()[-1:]}), flush=True)
-                    continue
-                found = json.loads(done.stdout.strip().splitlines()[-1])
-                speeds[peer].append(found["images_per_s"])
-                print(json.dumps({"peer": peer, **found}), flush=True)
-    there = {peer: values for peer, values in speeds.items() if values}
+    asked = [f"--{name}={getattr(flags, name)}" for name in ("manifest", "model", "size", "batch", "steps")]
+    with tempfile.TemporaryDirectory() as spare, turns.class_folders(flags.manifest) as folder:
+        record = flags.record or Path(spare, "record.jsonl")
+        turns.take_turns(
+            flags.peers, range(flags.rounds),
+            lambda peer, _: turns.alone(__file__, *asked, f"--only={peer}", f"--folder={folder}"), record,
+        )  # fmt: skip
+        speeds: dict[str, dict[int, float]] = {}
+        for line in turns.lines(record):
+            speeds.setdefault(line["name"], {})[line["round"]] = line["images_per_s"]
+    medians = {peer: round(statistics.median(found.values()), 1) for peer, found in speeds.items()}
+    mine = speeds.get("ours", {})
     ratios = {
-        peer: round(statistics.median(a / b for a, b in zip(there["ours"], values, strict=False)), 2)
-        for peer, values in there.items()
-        if "ours" in there
+        peer: [round(mine[number] / speed, 2) for number, speed in found.items() if number in mine]
+        for peer, found in speeds.items()
     }
-    medians = {peer: round(statistics.median(values), 1) for peer, values in there.items()}
     print(json.dumps({"model": flags.model, "size": flags.size, "images_per_s": medians, "ours_over": ratios}))
 
 

@@ -223,10 +223,34 @@ def test_calibration_is_measured_once_reported_and_can_be_pinned(home: Path, cap
     with caplog.at_level("INFO"):
         found = calibration.choose(free, net, cpu)
         assert calibration.choose(free, net, cpu) == found
-    assert caplog.text.count("fastest way to train") == 1
+    assert caplog.text.count("fastest ways to train") == 1
     assert (home / "mlruns" / "calibration.json").exists()
     pinned = calibration.choose(recipe_of(runtime={"precision": "bf16", "channels_last": "off"}), net, cpu)
     assert (pinned["precision"], pinned["channels_last"], pinned["compile"]) == ("bf16", False, False)
+
+
+def test_the_way_chosen_is_done_first_with_what_it_takes_to_make_it() -> None:
+    ms, makes = [100.0, 60.0, 40.0], [1.0, 1.0, 50.0]
+    assert calibration.first_done(ms, makes, 10) == 1
+    assert calibration.first_done(ms, makes, 10_000) == 2
+    assert calibration.first_done(ms, makes, 0) == 2  # making them does not count
+    assert calibration.first_done([100.0, 99.0], [0.0, 0.0], 10) == 0  # not worth leaving the first for
+    assert calibration.first_done([None, 50.0], [None, 0.0], 10) == 1
+    assert calibration.first_done([None, None], [None, None], 10) == 0
+
+
+@pytest.mark.slow
+def test_compiling_is_weighed_only_where_much_is_trained(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raced = []
+    real = calibration._race
+    monkeypatch.setattr(calibration, "_race", lambda *args: raced.append(args[-1]) or real(*args))
+    free = recipe_of(runtime={"precision": "fp32"})
+    net, cpu = models.build(free.model, 3), torch.device("cpu")
+    assert not calibration.choose(free, net, cpu, steps=10)["compile"]
+    assert not any(way["compile"] for way in raced[0])
+    calibration.choose(free, net, cpu, steps=10**9)
+    calibration.choose(free, net, cpu, steps=10**9)
+    assert [[way["compile"] for way in ways] for ways in raced[1:]] == [[False, True]]
 
 
 def test_one_process_shares_with_nobody() -> None:

@@ -1,16 +1,17 @@
 """Calibration: the fastest way to train this network on this machine is measured, not guessed.
 
 No setting is best everywhere: on a CPU with bf16 instructions dense convolutions gain 2.2x from bf16 with channels
-last, depthwise ones more from float32 with channels last. A few interleaved steps tell; the answer is kept in
-``mlruns/calibration.json`` by network, size, batch and machine, so that all slots of a member are trained alike.
+last, depthwise ones more from float32 with channels last, compiled. A few interleaved steps tell; the times are kept
+in ``mlruns/calibration.json`` by network, size, batch and machine, so that all slots of a member are trained alike.
 """
 
 import copy
 import itertools
 import logging
+import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -26,12 +27,20 @@ BUDGET_S = 8.0
 ROUNDS = 5
 MARGIN = 1.08
 """A way must be this much faster than plain float32, channels last, to be preferred to it."""
+COMPILE_WORTH_S = 900.0
+"""A CPU takes up to a minute to compile one way: members that train for less than this are not worth finding out."""
 
 Way = dict[str, Any]  # precision, channels_last, compile
 
 
-def choose(recipe: Recipe, net: Net, device: torch.device) -> dict[str, Any]:
+def choose(recipe: Recipe, net: Net, device: torch.device, steps: int = 0) -> dict[str, Any]:
     """Resolve the recipe's `runtime`: pinned values stay, the rest is measured or looked up.
+
+    Args:
+        recipe: its runtime says what is pinned.
+        net: the network; it is copied, not trained.
+        device: where it will be trained.
+        steps: batches the whole member will train the trunk on; they decide whether compiling pays on a CPU.
 
     Returns:
         ``precision, channels_last, compile, workers, threads``, and ``speedup`` over plain float32 where measured.
@@ -48,7 +57,12 @@ def choose(recipe: Recipe, net: Net, device: torch.device) -> dict[str, Any]:
     if not trains:  # only a head moves: nothing worth measuring, and features should be exact
         exact = [way for way in ways if way["precision"] == "fp32" and not way["compile"]]
         return (exact or ways)[0] | rest
-    return _measured(recipe, net, device, ways) | rest
+    best, seconds, speedup = _fastest(recipe, net, device, ways)
+    if asked.compile == "auto" and device.type == "cpu" and steps * seconds > COMPILE_WORTH_S:
+        compiled = [way | {"compile": True} for way in ways if way["channels_last"] or asked.channels_last == "off"]
+        best, _, gain = _fastest(recipe, net, device, [best, *compiled], steps)
+        speedup *= gain
+    return best | rest | {"speedup": round(speedup, 3)}
 
 
 def _candidates(recipe: Recipe, device: torch.device) -> list[Way]:
@@ -67,49 +81,70 @@ def _candidates(recipe: Recipe, device: torch.device) -> list[Way]:
     ]
 
 
-def _measured(recipe: Recipe, net: Net, device: torch.device, ways: list[Way]) -> Way:
+def _fastest(
+    recipe: Recipe, net: Net, device: torch.device, ways: list[Way], steps: int = 0
+) -> tuple[Way, float, float]:
+    """Return the way by which `steps` steps are done first, its seconds per step, and its speed over the first way's.
+
+    With 0 steps the time to make a way does not count. The first way is preferred unless another is faster by `MARGIN`.
+    """
+    found = _measured(recipe, net, device, ways)
+    ms, makes = ([found[what][_label(way)] for way in ways] for what in ("ms_per_step", "s_to_make"))
+    best = first_done(ms, makes, steps)
+    return ways[best], (ms[best] or math.inf) / 1000, (ms[0] / ms[best] if ms[0] and ms[best] else 1.0)
+
+
+def first_done(ms: Sequence[float | None], makes: Sequence[float | None], steps: int) -> int:
+    """Return the place of the way that is done first, or 0 unless that gains more than `MARGIN`.
+
+    Args:
+        ms: milliseconds per step of each way, None where it fails.
+        makes: seconds to make each.
+        steps: how many steps; 0 = one, and the time to make does not count.
+    """
+    costs = [
+        math.inf if time is None else max(1, steps) * time / 1000 + (made or 0 if steps else 0)
+        for time, made in zip(ms, makes, strict=True)
+    ]
+    best = min(range(len(costs)), key=lambda place: costs[place])
+    # Where none could be timed it is 0 too: let the training itself say what is wrong.
+    return best if math.isfinite(costs[best]) and costs[0] > MARGIN * costs[best] else 0
+
+
+def _measured(recipe: Recipe, net: Net, device: torch.device, ways: list[Way]) -> dict[str, Any]:
+    """Return what each way costs, milliseconds per step and seconds to make, None where it fails; measured once."""
     size = recipe.model.input_size
     key = sha256_json(
         [recipe.model.model_dump(exclude={"weights"}), recipe.batch_size, machine(device), torch.__version__, ways]
     )[:16]
     path = ROOT / "mlruns" / "calibration.json"
-    known = read_json(path, "calibrations") if path.exists() else {}
-    if key in known:
-        return _chosen(known[key])
+    known: dict[str, dict[str, Any]] = read_json(path, "calibrations") if path.exists() else {}
+    if "s_to_make" in known.get(key, {}):
+        return known[key]
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):  # slots that start together must not choose differently
         known = read_json(path, "calibrations") if path.exists() else {}
-        if key in known:
-            return _chosen(known[key])
-        times = _race(net, device, size, recipe.batch_size, ways)
-        order = sorted(range(len(ways)), key=lambda place: times[place])
-        best = order[0] if times[0] > MARGIN * times[order[0]] else 0
-        if times[best] == float("inf"):
-            best = 0  # none could be timed: let the training itself say what is wrong
-        found = {
+        if "s_to_make" in known.get(key, {}):
+            return known[key]
+        times, makes = _race(net, device, size, recipe.batch_size, ways)
+        labels = [_label(way) for way in ways]
+        found: dict[str, Any] = {
             "model": recipe.model.name,
             "size": size,
             "batch": recipe.batch_size,
             "machine": machine(device),
-            "chosen": ways[best],
-            "ms_per_step": {_label(w): round(1000 * t, 2) for w, t in zip(ways, times, strict=True) if t < 1e9},
-            "speedup": round(times[0] / times[best], 3) if times[0] < 1e9 else 1.0,
+            "ms_per_step": {label: _finite(1000 * time) for label, time in zip(labels, times, strict=True)},
+            "s_to_make": {label: _finite(made) for label, made in zip(labels, makes, strict=True)},
         }
         write_json(path, known | {key: found})
-    log.info(
-        "fastest way to train %s at %d px here: %s, %.2fx plain float32 (of %s ms per step)",
-        recipe.model.name,
-        size,
-        _label(ways[best]),
-        found["speedup"],
-        found["ms_per_step"],
-    )
-    return _chosen(found)
+    ranked = sorted((ms, label) for label, ms in found["ms_per_step"].items() if ms is not None)
+    shown = ", ".join(f"{label} {ms:.0f}" for ms, label in ranked)
+    log.info("fastest ways to train %s at %d px here, ms per step: %s", recipe.model.name, size, shown)
+    return found
 
 
-def _chosen(found: dict[str, Any]) -> Way:
-    way: Way = found["chosen"]
-    return way | {"speedup": found["speedup"]}
+def _finite(value: float) -> float | None:
+    return round(value, 2) if math.isfinite(value) else None
 
 
 def _label(way: Way) -> str:
@@ -137,32 +172,43 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _race(net: Net, device: torch.device, size: int, batch: int, ways: list[Way]) -> list[float]:
-    """Time a training step of each way, in turns, so that a busy moment hits all alike; return the best seconds."""
+def _race(net: Net, device: torch.device, size: int, batch: int, ways: list[Way]) -> tuple[list[float], list[float]]:
+    """Time a training step of each way, in turns, so that a busy moment hits all alike.
+
+    Returns:
+        The best seconds per step, and how long the first step took, which allocates and compiles.
+    """
     state = torch.get_rng_state()
     steps: dict[int, Callable[[], float]] = {}
+    times, makes = [math.inf] * len(ways), [math.inf] * len(ways)
     for place, way in enumerate(ways):
         try:
             step = _stepper(net, device, size, batch, way)
-            step()  # the first call allocates (and compiles)
+            makes[place] = step()
             steps[place] = step
         except (RuntimeError, NotImplementedError) as error:  # too little memory, no compiler, no such kernel
             log.info("%s left out: %s", _label(way), str(error).splitlines()[0] if str(error) else type(error).__name__)
-    begun, times = time.perf_counter(), [float("inf")] * len(ways)
+    begun = time.perf_counter()
     for done in range(ROUNDS):
         for place, step in steps.items():
             times[place] = min(times[place], step())
         if time.perf_counter() - begun > BUDGET_S and done:
             break
     torch.set_rng_state(state)
-    return times
+    return times, makes
+
+
+def compiled(net: Net) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The network compiled for one shape of batch: every step of a phase has the same."""
+    made: Callable[[torch.Tensor], torch.Tensor] = torch.compile(net, dynamic=False)
+    return made
 
 
 def _stepper(net: Net, device: torch.device, size: int, batch: int, way: Way) -> Callable[[], float]:
     """Return a function that takes one training step on a copy of the network and says how long it took."""
     layout = torch.channels_last if way["channels_last"] else torch.contiguous_format
     own = copy.deepcopy(net).to(memory_format=layout).train()
-    forward = torch.compile(own) if way["compile"] else own
+    forward = compiled(own) if way["compile"] else own
     optimizer = torch.optim.AdamW(own.parameters(), lr=1e-6, fused=device.type in ("cpu", "cuda"))
     images = torch.randint(0, 256, (max(2, batch), size, size, 3), dtype=torch.uint8, device=device)
     images = images.permute(0, 3, 1, 2)

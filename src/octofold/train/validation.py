@@ -25,7 +25,8 @@ def validate(job: Job, features: npt.NDArray[np.float32] | None) -> dict[str, fl
                 logits = job.net.head(torch.from_numpy(features[some]).to(job.devices.device))
             else:
                 images = torch.from_numpy(np.stack([job.cache.square(row) for row in some.tolist()]))
-                logits = job.forward(job.laid_out(images.to(job.devices.device).permute(0, 3, 1, 2)))
+                images = job.laid_out(images.to(job.devices.device).permute(0, 3, 1, 2))
+                logits = job.net(images)  # never compiled: the last batch has a shape of its own
             wanted = torch.from_numpy(job.unit_target[some]).to(job.devices.device)
             loss += float(job.task.loss(logits.float(), wanted, plain)) * len(some)
             parts.append(job.task.activate(logits).float().cpu().numpy())
