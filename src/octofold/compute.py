@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ from tqdm import tqdm
 from octofold.errors import UserError, redact
 from octofold.workers import Job, call
 from octofold.workers import run as run_workers
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,12 @@ class Devices:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def main_first(self, make: Callable[[], T]) -> T:
+        """Return what `make` returns here, called in the main process before the others: they find what it left."""
+        made = make() if self.is_main else None
+        self.wait()
+        return make() if made is None else made
 
     def from_main(self, value: Any) -> Any:
         """Return the main process's value."""

@@ -28,7 +28,16 @@ def make_app(desk: Desk, token: str, finish: Callable[[], None] = lambda: None, 
     """Return the web application; every address starts with ``/<token>/``."""
     app = Flask("octofold.review", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = 1 << 20
-    page = Path(__file__).with_name("review.html").read_text(encoding="utf-8")
+    _guard(app, token, loopback)
+    _show(app, desk, f"/{token}")
+    _listen(app, desk, f"/{token}", finish)
+    for error in (HTTPException, UserError, ValueError):
+        app.register_error_handler(error, _say)
+    return app
+
+
+def _guard(app: Flask, token: str, loopback: bool) -> None:
+    """Nobody without the token, no other site, nothing kept in caches."""
 
     @app.before_request
     def guard() -> None:
@@ -47,7 +56,12 @@ def make_app(desk: Desk, token: str, finish: Callable[[], None] = lambda: None, 
         response.headers.setdefault("Content-Security-Policy", "default-src 'none'")
         return response
 
-    @app.get(f"/{token}/")
+
+def _show(app: Flask, desk: Desk, root: str) -> None:
+    """The page, and the manifest's own images."""
+    page = Path(__file__).with_name("review.html").read_text(encoding="utf-8")
+
+    @app.get(f"{root}/")
     def show() -> Response:
         nonce = secrets.token_urlsafe(16)
         response = Response(page.replace("{{nonce}}", nonce), mimetype="text/html")
@@ -57,48 +71,47 @@ def make_app(desk: Desk, token: str, finish: Callable[[], None] = lambda: None, 
         )
         return response
 
-    @app.get(f"/{token}/state")
-    def state() -> Response:
-        return jsonify(desk.state())
-
-    @app.get(f"/{token}/queue")
-    def queue() -> Response:
-        return jsonify(desk.chosen(request.args.get("label", ""), request.args.get("kind", "")))
-
-    @app.get(f"/{token}/items")
-    def items() -> Response:
-        desk.journal.refresh()
-        ranks = [int(text) for text in request.args.get("ranks", "").split(",") if text.isdecimal()][:MOST_ACTS]
-        return jsonify([desk.describe(number) for number in ranks if number < len(desk.queue.items)])
-
-    @app.get(f"/{token}/news")
-    def news() -> Response:
-        desk.journal.refresh()
-        return jsonify(desk.news(max(0, request.args.get("since", 0, type=int))))
-
-    @app.get(f"/{token}/mine")
-    def mine() -> Response:
-        return jsonify(desk.mine(request.args.get("reviewer", "") or desk.reviewer))
-
-    @app.post(f"/{token}/acts")
-    def acts() -> Response:
-        return jsonify(desk.act(request.get_json()))
-
-    @app.post(f"/{token}/finish")
-    def end() -> Response:
-        finish()
-        return jsonify({"finished": True})
-
-    @app.get(f"/{token}/<any({','.join(SIDES)}):size>/<sample_id>")
+    @app.get(f"{root}/<any({','.join(SIDES)}):size>/<sample_id>")
     def image(size: str, sample_id: str) -> Response:
         data = desk.image(sample_id, size)
         kind = "image/png" if data.startswith(b"\x89PNG") else "image/jpeg"
         return Response(data, mimetype=kind, headers={"Cache-Control": "private, max-age=86400, immutable"})
 
-    app.register_error_handler(HTTPException, _say)
-    app.register_error_handler(UserError, _say)
-    app.register_error_handler(ValueError, _say)
-    return app
+
+def _listen(app: Flask, desk: Desk, root: str, finish: Callable[[], None]) -> None:
+    """What the page asks for, and what the reviewer decides."""
+
+    @app.get(f"{root}/state")
+    def state() -> Response:
+        return jsonify(desk.state())
+
+    @app.get(f"{root}/queue")
+    def queue() -> Response:
+        return jsonify(desk.chosen(request.args.get("label", ""), request.args.get("kind", "")))
+
+    @app.get(f"{root}/items")
+    def items() -> Response:
+        desk.journal.refresh()
+        ranks = [int(text) for text in request.args.get("ranks", "").split(",") if text.isdecimal()][:MOST_ACTS]
+        return jsonify([desk.describe(number) for number in ranks if number < len(desk.queue.items)])
+
+    @app.get(f"{root}/news")
+    def news() -> Response:
+        desk.journal.refresh()
+        return jsonify(desk.news(max(0, request.args.get("since", 0, type=int))))
+
+    @app.get(f"{root}/mine")
+    def mine() -> Response:
+        return jsonify(desk.mine(request.args.get("reviewer", "") or desk.reviewer))
+
+    @app.post(f"{root}/acts")
+    def acts() -> Response:
+        return jsonify(desk.act(request.get_json()))
+
+    @app.post(f"{root}/finish")
+    def end() -> Response:
+        finish()
+        return jsonify({"finished": True})
 
 
 def _say(error: Exception) -> tuple[Response, int]:

@@ -194,21 +194,12 @@ def open_job(
     train, valid = split_rows(recipe, manifest, fold, seed)
     if recipe.augment.mixup_prob + recipe.augment.cutmix_prob and task.name != "classify":
         raise UserError("augment.mixup_prob, augment.cutmix_prob", expected="0: points cannot be mixed")
-    torch.manual_seed(seed_of(seed))
-    net = models.build(recipe.model, task.outputs, start=start).to(devices.device)
-    if devices.world > 1 and devices.device.type == "cuda":
-        # Else a process would normalise by its share of a batch.
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
-    if saved is not None:
-        runtime = saved["runtime"]
-        torch.set_num_threads(runtime["threads"])  # the number of threads decides the order of sums
-    else:
-        runtime = devices.from_main(calibration.choose(recipe, net, devices.device) if devices.is_main else None)
-    cache = open_cache(manifest, PixelSpec.of(recipe.model)) if devices.is_main else None
-    devices.wait()
-    cache = cache or open_cache(manifest, PixelSpec.of(recipe.model))
-    target = manifest.target
-    weights = None
+    net = _network(recipe, task, seed, devices, start)
+    runtime = _runtime(saved, recipe, net, devices, _steps(recipe, manifest, train))
+    cache = devices.main_first(lambda: open_cache(manifest, PixelSpec.of(recipe.model)))
+    target, teacher, weights = manifest.target, None, None
+    if recipe.distill.teacher:
+        teacher = torch.from_numpy(distill.read_teacher(recipe.distill, manifest, train))
     if recipe.loss.class_weights and task.name == "classify":
         weights = torch.from_numpy(balanced_weights(target[train], len(manifest.classes))).to(devices.device)
     job = Job(
@@ -220,7 +211,7 @@ def open_job(
         devices=devices,
         task=task,
         net=net,
-        forward=torch.compile(net) if runtime["compile"] else net,
+        forward=calibration.compiled(net) if runtime["compile"] else net,
         cache=cache,
         target=target,
         unit_target=_unit_target(cache, target),
@@ -229,9 +220,7 @@ def open_job(
         metric=metric_of(recipe, task),
         runtime=runtime,
         class_weight=weights,
-        teacher=torch.from_numpy(distill.read_teacher(recipe.distill, manifest, train))
-        if recipe.distill.teacher
-        else None,
+        teacher=teacher,
         progress=Progress(),
         average=optim.Average(recipe.average),
         scale=optim.LossScale(runtime["precision"] == "fp16"),
@@ -241,6 +230,30 @@ def open_job(
     if saved is not None:
         job.restore(saved)
     return job
+
+
+def _network(recipe: Recipe, task: Task, seed: int, devices: Devices, start: Path | None) -> models.Net:
+    torch.manual_seed(seed_of(seed))
+    net = models.build(recipe.model, task.outputs, start=start).to(devices.device)
+    if devices.world > 1 and devices.device.type == "cuda":
+        # Else a process would normalise by its share of a batch.
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
+    return net
+
+
+def _runtime(saved: Any, recipe: Recipe, net: models.Net, devices: Devices, steps: int) -> dict[str, Any]:
+    """What the checkpoint was made with, else the fastest way found."""
+    if saved is not None:
+        torch.set_num_threads(saved["runtime"]["threads"])  # the number of threads decides the order of sums
+        return dict(saved["runtime"])
+    return dict(devices.from_main(calibration.choose(recipe, net, devices.device, steps) if devices.is_main else {}))
+
+
+def _steps(recipe: Recipe, manifest: Manifest, train: Ints) -> int:
+    """Batches that the whole member (all its folds and seeds) trains its trunk on, about."""
+    epochs = sum(phase.epochs for phase in recipe.phases if phase.train == "all")
+    slots = len(recipe.folds or manifest.folds) * len(recipe.seeds)
+    return epochs * slots * max(1, len(train) // recipe.batch_size) * (2 if recipe.optim.sam_rho else 1)
 
 
 def split_rows(recipe: Recipe, manifest: Manifest, fold: int, seed: int) -> tuple[Ints, Ints]:
@@ -363,7 +376,9 @@ def frozen_trunk(job: Job) -> FrozenTrunk:
     model = job.recipe.model
     kind = f"{'highpass' if job.net.highpass else ''}{'map' if job.net.spatial else ''}"
     architecture = f"{model.name} {model.input_size} {kind}"
-    precision = job.runtime["precision"]
+    # On a CPU the fastest exact engine beats eager bf16, and other recipes' heads may use the same features.
+    pinned = job.recipe.runtime.precision != "auto" or job.devices.device.type != "cpu"
+    precision = job.runtime["precision"] if pinned else "fp32"
     return FrozenTrunk(job.net, job.cache, job.manifest.competition, architecture, precision)
 
 
