@@ -53,6 +53,10 @@ def test_nobody_there_is_told_at_once(address: str) -> None:
         ("https://:tok@host and http://a:b@c", "https://:***@host and http://a:***@c"),
         ("http://127.0.0.1:5000/#/models/x@staging", "http://127.0.0.1:5000/#/models/x@staging"),
         ("models:/x@production", "models:/x@production"),
+        ("postgresql://me:p/q@db/x", "postgresql://me:***@db/x"),
+        ("postgresql://me:p@q:r@db/x and a@b", "postgresql://me:***@db/x and a@b"),
+        ("http://127.0.0.1:5000/models/x@staging", "http://127.0.0.1:5000/models/x@staging"),
+        ('{"uri":"http://h:5000","to":"a@b"}', '{"uri":"http://h:5000","to":"a@b"}'),
     ],
 )
 def test_redact_urls(text: str, expected: str) -> None:

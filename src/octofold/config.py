@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from octofold.errors import UserError
+from octofold.errors import UserError, blank_logs, redact
 from octofold.files import existing
 
 log = logging.getLogger("octofold")
@@ -99,6 +100,7 @@ def run_main(schema: type[S], run: Callable[[S], dict[str, Any]], argv: Sequence
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` is no defect
         print(help_text(schema, program, sys.modules["__main__"].__doc__ or schema.__doc__ or ""))
         raise SystemExit(0)
+    blank_logs()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     signal.signal(signal.SIGTERM, _interrupt)  # a stopped job leaves the same state as Ctrl-C
     try:
@@ -109,6 +111,9 @@ def run_main(schema: type[S], run: Callable[[S], dict[str, Any]], argv: Sequence
     except KeyboardInterrupt:
         print(f"{program}: interrupted; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception:  # a defect of ours; a library's words in it may show the address it was given
+        print(redact(traceback.format_exc()), file=sys.stderr, end="")
+        raise SystemExit(1) from None
     print(json.dumps(result, ensure_ascii=False, default=_plain), flush=True)
 
 

@@ -1,10 +1,12 @@
 """The one error a user can cause: it says where, what was expected, what came, what to do. And one that nobody sees."""
 
+import logging
 import os
 import re
 
 _SECRET_NAME = re.compile(r"PASSWORD|PASSWD|TOKEN|SECRET|CREDENTIAL|_KEY$", re.IGNORECASE)
-_URL_PASSWORD = re.compile(r"(\w://[^\s:/@]*):[^\s@/]+@")
+# A password may hold a slash or an @; a port before a path that holds an @ is none.
+_URL_PASSWORD = re.compile(r"""(\w://[^\s:/@]*):(?!\d{1,5}/)[^\s@"'<>]+@(?:[^\s@/"'<>]*@)*""")
 
 
 def redact(text: str) -> str:
@@ -17,6 +19,16 @@ def redact(text: str) -> str:
         if len(value) >= 6 and _SECRET_NAME.search(name) and not os.path.exists(value):
             text = text.replace(value, "***")
     return text
+
+
+class _DiscreetRecord(logging.LogRecord):
+    def getMessage(self) -> str:
+        return redact(super().getMessage())
+
+
+def blank_logs() -> None:
+    """From now on blank secrets in whatever this process logs, the libraries' own words too."""
+    logging.setLogRecordFactory(_DiscreetRecord)
 
 
 class UserError(ValueError):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn
 
-from octofold.errors import UserError
+from octofold.errors import UserError, blank_logs
 
 log = logging.getLogger("octofold")
 _SPAWN = multiprocessing.get_context("spawn")  # fork would share torch's threads and MLflow's connections
@@ -180,6 +180,7 @@ def _outcome(module: str, name: str, arguments: tuple[Any, ...]) -> tuple[str, A
 def call(module: str, name: str, arguments: tuple[Any, ...], environment: Mapping[str, str] | None = None) -> Any:
     """Import a function by name, in this environment, and call it."""
     os.environ.update(environment or {})
+    blank_logs()
     return getattr(importlib.import_module(module), name)(*arguments)
 
 

@@ -5,6 +5,7 @@ Runs are kept by id, never as MLflow's global "active run", so threads, nested r
 """
 
 import contextlib
+import json
 import logging
 import os
 import tempfile
@@ -168,8 +169,7 @@ class Run:
     def __init__(self, run_id: str, competition: str, artifact_uri: str, experiment_id: str) -> None:
         self.id = run_id
         self.competition = competition
-        self.artifact_uri = artifact_uri
-        self.experiment_id = experiment_id
+        self.artifact_uri, self.experiment_id = artifact_uri, experiment_id
         self._spool = Spool(_SPOOL / f"{run_id}.jsonl")
         self._try_again_at = 0.0
 
@@ -231,8 +231,8 @@ class Run:
         patiently(lambda: client().log_text(self.id, redact(text), name))
 
     def log_dict(self, value: Any, name: str) -> None:
-        """Upload a value as JSON or YAML, by the suffix of `name`."""
-        patiently(lambda: client().log_dict(self.id, value, name))
+        """Upload a value as the JSON artifact `name`; secrets are blanked."""
+        self.log_text(json.dumps(value, indent=2, ensure_ascii=False, default=str), name)
 
     def log_figure(self, figure: Any, name: str) -> None:
         """Upload a matplotlib figure as the picture `name`."""
@@ -316,13 +316,13 @@ def run(
     Raises:
         UserError: the tracking server is not there.
     """
-    api = client()
     adopted = adopt() if parent is None else None
     if parent is None:
         deliver_leftovers()
         close_orphans(competition)
-    labels = {"competition": competition, "entry": entry, **identity(), **git_tags(), **(tags or {})}
-    current = patiently(lambda: _open(api, competition, name or entry, labels, parent, resume_id or adopted))
+    given = {"competition": competition, "entry": entry, **identity(), **git_tags(), **(tags or {})}
+    labels, name = {key: redact(str(value)) for key, value in given.items()}, redact(name or entry)
+    current = patiently(lambda: _open(client(), competition, name, labels, parent, resume_id or adopted))
     made = Run(current.info.run_id, competition, current.info.artifact_uri, current.info.experiment_id)
     try:
         made.set_tags(labels)
