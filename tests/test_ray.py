@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,34 @@ def test_a_killed_worker_and_a_lost_node(house: House, cluster: Cluster, monkeyp
         }
     far, near_ = ({run.tags["fold"]: run.tags["model_sha"] for run in slot_runs(member)} for member in ("far", "near"))
     assert far == near_
+
+
+TUNE = {
+    "recipe": {"member": "toy", "model": {"name": "small_cnn", "input_size": 16}, "phases": [{"epochs": 1}],
+               "batch_size": 12, "select": "last",
+               "runtime": {"precision": "fp32", "channels_last": "on", "threads": 1}},
+    "space": {"optim.lr": {"low": 1e-4, "high": 1e-1, "log": True}, "model.drop_rate": {"low": 0.0, "high": 0.5}},
+    "folds": [0, 1], "trials": 3, "confirm_seeds": 0, "sampler": "tpe",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_study_on_a_cluster_made_for_it_is_the_study_made_here(house: House) -> None:
+    make_world(house.home / "world", samples=36)
+    (house.home / "toy.yaml").write_text(json.dumps(TUNE))
+    flags = ["--manifest", house.home / "world" / "manifest.csv", "--config", house.home / "toy.yaml"]
+    with ThreadPoolExecutor() as at_once:
+        studies = [["--study", "near"], ["--study", "far", "--executor", "ray"]]
+        near, far = at_once.map(lambda more: house.run("tune", *flags, "--parallel", 1, *more).result, studies)
+    tables = [
+        (house.home / "mlruns" / "artifacts" / "tiny" / done["run_id"] / "artifacts" / "trials.csv").read_text()
+        for done in (near, far)
+    ]
+    assert tables[0] == tables[1]
+    assert len(tables[0].splitlines()) == 1 + TUNE["trials"]
+    assert [near[key] for key in ("trials", "slots", "search/best")] == [
+        far[key] for key in ("trials", "slots", "search/best")
+    ]
 
 
 def test_no_cluster_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,9 @@ log = logging.getLogger("octofold")
 LIVE_S = 1.0
 """Epochs that take longer are told to MLflow as they end; of a head that trains in milliseconds, only the last is."""
 
+MOST = 64
+"""Workers offered to a Ray cluster when nobody says how many; those it has no room for find the budget spent."""
+
 
 class _Enough(Exception):
     """The last epoch is validated: a trial needs neither weights on disk nor predictions."""
@@ -70,16 +73,23 @@ def tune(config: Tune) -> dict[str, Any]:
     resume = before[-1].id if before else None
     with tracking.run("tune", config, table.competition, name, tags, resume_id=resume) as parent:
         parent.log_dataset(table.table, table.competition, "training", str(table.file))
-        count = config.parallel or compute.bearable(torch.cuda.device_count())
+        count = config.parallel or _bearable(config)
         if config.executor == "local" and count == 1:
             limit = _search(config, table, plan, study, parent, 0)
         else:
             settings = config.model_dump(mode="json") | {"manifest": str(table.file)}
             jobs = [Job(f"{name} worker {worker}", (settings, parent.id, worker)) for worker in range(count)]
-            limit = compute.map_jobs(work, jobs, config.executor, count, title="workers")[jobs[0].key]
+            limit = compute.map_jobs(work, jobs, config.executor, config.parallel, title="workers")[jobs[0].key]
         log.info("study %s: budget spent (%s)", name, limit)
         sweep = _sweep(config, table, plan, study, parent)
         return {"run_id": parent.id, "study": name, **sweep.conclude(parent)}
+
+
+def _bearable(config: Tune) -> int:
+    """How many workers to start: on Ray as many as there are trials, since the cluster runs only those that fit."""
+    if config.executor == "local":
+        return compute.bearable(torch.cuda.device_count())
+    return min(config.trials or MOST, MOST)
 
 
 def work(settings: dict[str, Any], parent_id: str, worker: int) -> str:
