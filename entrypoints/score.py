@@ -18,7 +18,7 @@ def run(config: Score) -> dict[str, Any]:
 
     from octofold.blend import ledger
     from octofold.errors import UserError
-    from octofold.reports import boards, scores
+    from octofold.reports import boards, picks, scores
     from octofold.track import tracking
 
     competition = config.competition
@@ -34,7 +34,7 @@ def run(config: Score) -> dict[str, Any]:
         if config.history is not None:
             boards.import_history(config.history, competition, run)
         found = boards.recorded(competition)
-        lines, numbers = scores.told(found), scores.summary(found)
+        lines, numbers = [*scores.told(found), *picks.told(competition)], scores.summary(found)
         run.log_text("\n".join(lines) + "\n", "boards.txt")
         run.log_dict([dataclasses.asdict(score) for score in found], "boards.json")
         run.log_metrics({f"boards/{name}": value for name, value in numbers.items()})

@@ -184,3 +184,48 @@ def test_search_follows_the_metric() -> None:
         sign = 1 if METRICS[name].higher_is_better else -1
         plain = METRICS[name].score(probs.mean(axis=0), target)
         assert sign * METRICS[name].score(blend.apply(probs), target) >= sign * plain - 2e-3
+
+
+def expert_world() -> Any:
+    """Two members that cannot tell class 0 from 1, and one that was trained on nothing else."""
+    rng = np.random.default_rng(0)
+    target, fold = rng.integers(0, 4, 1200), np.arange(1200) % 5
+    base = np.full((2, 1200, 4), 0.02) + 0.02 * rng.random((2, 1200, 4))
+    base[:, np.arange(1200), target] = 0.9
+    pair = target < 2
+    base[:, pair, :2] = 0.45 + 0.04 * rng.random((2, int(pair.sum()), 2))
+    expert = np.full((1, 1200, 4), 1e-3)
+    says = np.where(rng.random(1200) < 0.9, target % 2, 1 - target % 2)
+    expert[0, np.arange(1200), says] = 0.9
+    probs = np.concatenate([base, expert])
+    return (probs / probs.sum(axis=2, keepdims=True)).astype(np.float32), target, fold
+
+
+@pytest.mark.parametrize("method", blending.METHODS)
+def test_a_pair_expert_speaks_of_its_pair_alone(method: str) -> None:
+    probs, target, fold = expert_world()
+    plain = blending.fit(method, probs[:2], target, fold)
+    blend = blending.fit(method, probs, target, fold, experts=[(0, 1)])
+    assert blend.weights[2] == 0
+    assert blend.weights.sum() == pytest.approx(1)
+    blended, before = blend.apply(probs), plain.apply(probs[:2])
+    assert accuracy(blended, target) > accuracy(before, target) + 0.08
+    others = np.isin(before.argmax(axis=1), (2, 3))
+    np.testing.assert_allclose(blended[others], before[others], atol=1e-6)
+    again = Blend.from_dict(json.loads(json.dumps(blend.to_dict())))
+    np.testing.assert_array_equal(again.apply(probs), blended)
+
+
+def test_an_expert_that_knows_nothing_is_not_heard() -> None:
+    probs, target, fold = expert_world()
+    probs = probs.copy()
+    probs[2] = 0.25
+    blend = blending.fit("equal", probs, target, fold, experts=[(0, 1)])
+    assert blend.params["experts"] == []
+
+
+def test_an_experts_threshold_is_chosen_without_the_rows_it_may_not_see() -> None:
+    probs, target, fold = expert_world()
+    wrong = np.where(fold == 0, 3 - target, target)
+    one, other = (blending.fit("equal", probs, truth, fold, fold != 0, None, [(0, 1)]) for truth in (target, wrong))
+    assert one.params == other.params

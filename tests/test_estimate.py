@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from octofold.blend import estimate
+from octofold.blend import estimate, verdict
 from octofold.errors import UserError
 from octofold.metrics import METRICS
 from test_blending import members
@@ -90,3 +90,26 @@ def test_gain_of_equals_is_a_coin() -> None:
     real = estimate.gain("worse", draws[2], draws[0], (0.8, 0.5), ACCURACY)
     assert real.separable
     assert real.low > 0
+
+
+def test_what_was_chosen_without_a_fold_is_what_that_fold_is_scored_in() -> None:
+    """Views that only fold 2 would choose do not reach its score."""
+    probs, target, fold = members()
+    other = probs[:, :, ::-1].copy()
+    plain = estimate.cross_fit("lr_mse", probs, target, fold, ACCURACY)
+    mixed = estimate.cross_fit("lr_mse", probs, target, fold, ACCURACY, {2: other})
+    whole = estimate.cross_fit("lr_mse", other, target, fold, ACCURACY)
+    np.testing.assert_array_equal(mixed.values[fold != 2], plain.values[fold != 2])
+    np.testing.assert_array_equal(mixed.values[fold == 2], whole.values[fold == 2])
+
+
+@pytest.mark.parametrize("name", ["balanced_accuracy", "macro_f1", "log_loss", "auc", "quadratic_kappa"])
+def test_a_verdict_in_any_metric(name: str) -> None:
+    probs, target, fold = members()
+    metric = METRICS[name]
+    judged = verdict.judge("auto", probs, ["a", "b", "c", "d"], target, fold, np.arange(len(target)), metric)
+    assert judged.score.low < judged.score.value < judged.score.high
+    assert judged.gains[0].value == pytest.approx(
+        metric.sign * (judged.score.value - metric.score(estimate.best_single(probs, target, fold, metric), target))
+    )
+    assert any(line.startswith(f"{name} of auto") for line in verdict.told(judged, name))

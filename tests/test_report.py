@@ -47,6 +47,22 @@ def train(table: Manifest, oof: Predictions, folder: Path, member: str, **settin
                 versions.set_alias(slot.name, "production", slot.version)
 
 
+def test_two_finals_are_chosen_once_the_public_board_has_spoken(
+    tmp_path: Path, mlruns: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from octofold.reports import picks
+
+    monkeypatch.setattr(picks, "ROOT", tmp_path)
+    folder = tmp_path / "data" / "world"
+    table, truth = make_manifest(folder)
+    table.save(folder / "test.csv")
+    blend(table, make_oof(table, truth), tmp_path, {})
+    assert picks.told("world") == []
+    blend(table, make_oof(table, truth, 1, 0.2), tmp_path, {"score/public": 0.6})
+    assert "Two final submissions" in picks.told("world")[0]
+    assert picks.told("elsewhere") == []
+
+
 def blend(table: Manifest, oof: Predictions, folder: Path, numbers: dict[str, float]) -> None:
     """Leave in MLflow what a blend leaves."""
     tags = {"manifest_hash": table.hash, "method": "equal", "views": "none"}

@@ -29,6 +29,9 @@ class Prepare(Section):
     label_column: str = Field("label", description="column of --labels holding the class (text or int)")
     classes: Path | None = Field(None, description="list (JSON, or a name a line) that fixes the class order")
     group: str = Field("auto", description="auto | none | a column: samples that must not be split across folds")
+    twins: bool = Field(
+        True, description="photos: look for near-duplicates by embedding too (one forward pass an image, kept)"
+    )
     test_images: Path | None = Field(None, description="folder of test images")
     sample_submission: Path | None = Field(None, description="CSV whose order and columns the submission must have")
     folds: int = Field(5, ge=2, le=50, description="number of folds")
@@ -156,8 +159,8 @@ class Blend(Section):
     tta: str = Field("geo8", description="views: none, flip, geo4, geo8, geo8_original, or auto")
     metric: str = Field(
         "",
-        description="row of metrics.METRICS the blend is judged by, or your path/to/file.py:function, which takes (values,"
-        " target) and returns a float; empty = accuracy, or mse",
+        description="row of metrics.METRICS the blend is judged by, or path/to/file.py:function (values, target) ->"
+        " float; empty = accuracy, or mse",
     )
     mixed: bool = Field(
         False, description="let in members trained on other data versions; fit on rows each predicted without training"
@@ -273,6 +276,9 @@ class Import(Section):
 
     bundle: Path = Field(description="a bundle (.zip), its folder, or a files.csv of id,name,bytes,sha256")
     manifest: Path = Field(description="manifest.csv the models were trained on")
+    facts: Path | None = Field(
+        None, description="weights and OOF not made here: YAML that says which network, classes, folds (docs/cleaning.md)"
+    )
 
 
 class Probe(Recipe):
@@ -293,7 +299,7 @@ class Report(Section):
     manifest: Path | None = Field(None, description="manifest.csv; none = data/<competition>/manifest.csv")
     metric: str = Field(
         "",
-        description="row of metrics.METRICS, or path/to/file.py:function; empty = the newest blend's, else accuracy, mse",
+        description="row of metrics.METRICS, or path/to/file.py:function; empty = the newest blend's, or the task's",
     )
     seed: int = Field(0, ge=0, description="of the bootstrap")
     out: Path | None = Field(None, description="folder for report.html; none = runs/report/<competition>")

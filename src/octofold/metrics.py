@@ -107,6 +107,11 @@ class Metric(NamedTuple):
     task: str  # classify | keypoints
     sha256: str = ""
 
+    @property
+    def sign(self) -> int:
+        """1 if more is better, else -1."""
+        return 1 if self.higher_is_better else -1
+
 
 METRICS: dict[str, Metric] = {
     "accuracy": Metric(accuracy, True, "classify"),

@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,41 +10,23 @@ import numpy as np
 import numpy.typing as npt
 
 from octofold import plots
-from octofold.blend import ledger, lineup, shakeup, shift, submission, succession, verdict
-from octofold.blend.lineup import Lineup
-from octofold.blend.shift import Outlook
+from octofold.blend import choice, forecast, ledger, lineup, nearness, shift, submission, succession, verdict
+from octofold.blend.forecast import Forecast
+from octofold.blend.lineup import Lineup, Spoken
+from octofold.blend.nearness import Near
 from octofold.blend.verdict import Verdict
 from octofold.commands import Blend
 from octofold.data import manifest
-from octofold.data.images import PixelSpec, load, square
 from octofold.data.manifest import Manifest
 from octofold.files import ROOT, write_text
 from octofold.infer import serving
 from octofold.infer.inference import nested
-from octofold.metrics import METRICS, Metric, adopt
-from octofold.nets import embedding
+from octofold.metrics import METRICS, Metric, adopt, fingerprint
 from octofold.track import tracking
 from octofold.track.provenance import git_tags
 
 Array = npt.NDArray[Any]
 log = logging.getLogger("octofold")
-
-
-@dataclass(frozen=True)
-class Spoken:
-    """What the models say of the test images.
-
-    Attributes:
-        votes: ``(S, T, …)`` of every fold model.
-        members: ``(M, T, …)`` bagged.
-        final: ``(T, …)`` blended.
-        shares: per member, of its fold models.
-    """
-
-    votes: Array
-    members: Array
-    final: Array
-    shares: list[npt.NDArray[np.float64]]
 
 
 def blend(config: Blend, run: tracking.Run) -> dict[str, Any]:
@@ -55,44 +37,71 @@ def blend(config: Blend, run: tracking.Run) -> dict[str, Any]:
     """
     train = manifest.read(config.manifest or ROOT / "data" / config.competition / "manifest.csv")
     name, metric = metric_of(config.metric, train)
-    views, scores_of_views = (config.tta, {}) if config.tta != "auto" else lineup.best_views(config, train, metric)
-    members = lineup.gather(config.competition, config.stage, config.members, train, views, config.mixed)
-    rows = members.rows
+    chosen = choice.choose(config, train, metric)
+    members, rows = chosen.lineup, chosen.lineup.rows
     # For points original 000's regression has no meaning of its own: least squares on the simplex is the same idea.
     method = "simplex" if train.task == "keypoints" and config.method == "lr_mse" else config.method
     judged = verdict.judge(
         method, members.oof, members.names, rows.target, rows.fold, rows.groups, metric,
-        members.per_seed, config.seed,
+        members.per_seed, config.seed, chosen.instead, members.experts,
     )  # fmt: skip
     out = config.out or ROOT / "runs" / "blend" / run.id
-    result: dict[str, Any] = {"run_id": run.id, "views": views, "method": judged.blend.method}
+    result: dict[str, Any] = {"run_id": run.id, "views": members.views, "method": judged.blend.method}
     test = lineup.test_set(train)
-    outlook, extra = None, []
+    expected, lines = None, [f"No test images: {name} is cross-fitted, and holds for images like the training ones."]
     if test is not None:
-        said = speak(members, judged, test, config.bag)
-        predicted = lineup.signed(members, test, said.final)
-        result["submission"] = submission.write(
-            predicted, test, out / "submission.csv", str(train.info.get("label_type", ""))
-        )
-        result["predictions"] = predicted.save(out / "predictions.parquet", csv=True)
-        near = lineup.compare(members, judged.blend.weights, test) if config.shift else None
-        if train.task == "classify":
-            outlook = foresee(members, judged, said, near, name)
-            extra = shaken(config, members, judged, said, outlook, metric)
-        about = _about(config, run, members, judged, said, outlook, views)
-        result["ledger"] = _ledger(members, test, said, near, about).save(out)
-    lines = verdict.headline(judged, name, outlook) + extra + _views_told(scores_of_views, views)
-    if members.left_out:
-        lines.append(f"Fitted on {len(rows.table)} rows; {members.left_out} lack an honest prediction by some member.")
+        made, expected, lines = _submit(config, run, members, judged, test, name, out)
+        result |= made
+    lines += verdict.told(judged, name) + chosen.told() + _members_told(members, judged)
     result["report"] = write_text(out / "report.txt", "\n".join(lines) + "\n")
-    numbers = _numbers(judged, outlook, name)
+    numbers = _numbers(judged, expected, name)
     _record(run, members, judged, numbers, [path for path in result.values() if isinstance(path, Path)])
+    run.set_tags({"metric": name} | fingerprint(config.metric))
     if config.register_model:
         result |= _register(config, run, members, judged, metric, numbers)
     for line in lines:
         log.info("%s", line)
     weights = dict(zip(members.names, np.round(judged.blend.weights, 4).tolist(), strict=True))
     return result | {"weights": weights} | numbers
+
+
+def _submit(
+    config: Blend, run: tracking.Run, members: Lineup, judged: Verdict, test: Manifest, name: str, out: Path
+) -> tuple[dict[str, Any], Forecast | None, list[str]]:
+    """Predict the test images; write submission, predictions and ledger; say what to expect of them."""
+    said = lineup.speak(members, judged.blend, test, config.bag)
+    predicted = lineup.signed(members, test, said.final)
+    made = {
+        "submission": submission.write(
+            predicted, test, out / "submission.csv", str(members.rows.info.get("label_type", ""))
+        ),
+        "predictions": predicted.save(out / "predictions.parquet", csv=True),
+    }
+    near = nearness.compare(members, judged.blend.weights, test) if config.shift else None
+    expected, lines, shaken = None, [], []
+    if members.rows.task == "classify":
+        expected = forecast.forecast(judged, members, said, near, name, config.seed)
+        lines = expected.told(judged)
+        shaken = forecast.shaken(config, members, judged, said, expected, METRICS[name])
+    else:
+        lines = [f"No estimate for these test images: shift is estimated for accuracy alone. {name} is cross-fitted."]
+    lines += [shift.told(near.distance)] if near is not None else []
+    about = _about(config, run, members, judged, said, expected)
+    made["ledger"] = _ledger(members, test, said, near, about).save(out)
+    return made, expected, lines + shaken
+
+
+def _members_told(members: Lineup, judged: Verdict) -> list[str]:
+    lines = []
+    for name, (a, b) in zip(members.names[members.voters :], members.experts, strict=True):
+        gates = [gate for gate in judged.blend.params.get("experts", []) if (gate["a"], gate["b"]) == (a, b)]
+        pair = f"{members.rows.classes[a]} and {members.rows.classes[b]}"
+        where = f"where they lead by at most {gates[0]['margin']:g}" if gates else "nowhere: it helps too little"
+        lines.append(f"Expert {name} for {pair} is heard {where}.")
+    if members.left_out:
+        count = len(members.rows.table)
+        lines.append(f"Fitted on {count} rows; {members.left_out} lack an honest prediction by some member.")
+    return lines
 
 
 def metric_of(name: str, train: Manifest) -> tuple[str, Metric]:
@@ -105,77 +114,13 @@ def metric_of(name: str, train: Manifest) -> tuple[str, Metric]:
     return chosen, METRICS[chosen]
 
 
-def speak(members: Lineup, judged: Verdict, test: Manifest, bag: str) -> Spoken:
-    """Predict the test images by every fold model, bag them, blend them."""
-    votes = lineup.votes(members, test)
-    shares = lineup.shares(members, bag, judged.blend.params.get("per_fold"))
-    bagged = lineup.bagged(votes, shares)
-    return Spoken(votes, bagged, judged.blend.apply(bagged), shares)
-
-
-def foresee(members: Lineup, judged: Verdict, said: Spoken, near: lineup.Near | None, name: str) -> Outlook:
-    """Estimate the accuracy on the test images themselves."""
-    parts = list(lineup.by_fold(members, said.votes).values())
-    folds = [judged.blend.apply(part) for part in parts]
-    accuracy = METRICS["accuracy"]
-    error = judged.standard_error if name == "accuracy" else verdict.standard_error(
-        judged.cross.values, members.rows, accuracy
-    )  # fmt: skip
-    distance = near.distance if near is not None else None
-    slope = rehearsed(members.rows) if near is not None else shift.SURENESS
-    return shift.foresee(judged.cross.values, members.rows.target, folds, error, distance, (members.oof, parts), slope)
-
-
-def rehearsed(rows: Manifest, most: int = 3000) -> float:
-    """Return how fast accuracy falls with confidence on these photos, by `shift.rehearse`.
-
-    The embedding knows nothing of the labels: ImageNet's where `prepare` could use it (then it is cached), else pixels.
-    """
-    some = rows.take(np.linspace(0, len(rows.table) - 1, min(most, len(rows.table))).astype(int))
-    sized = {"width", "height"} <= set(some.table)
-    sides = some.table[["width", "height"]].min(axis=1).to_numpy() if sized else np.zeros(0)
-    name = embedding.choose(sides)
-    tiny = np.zeros((len(some.table), 0), np.uint8)
-    if name == "pixels":
-        tiny = np.stack([square(load(path, PixelSpec(16, "squash"))[0], 16).reshape(-1) for path in some.paths])
-    folder = ROOT / "data" / rows.competition / "cache"
-    features, _ = embedding.embed_or_pixels(name, some.sample_ids.tolist(), some.paths, tiny, folder)
-    return shift.rehearse(features, some.target)
-
-
-def shaken(
-    config: Blend, members: Lineup, judged: Verdict, said: Spoken, outlook: Outlook, metric: Metric
-) -> list[str]:
-    """Play the public and the private board for the submissions that could be made from these members."""
-    chance = shift.calibrated(said.final, outlook.accuracy.value)
-    best = int(
-        np.argmax([judged.members[name].value * (1 if metric.higher_is_better else -1) for name in members.names])
-    )
-    candidates = {judged.blend.method: said.final}
-    if len(members.names) > 1:
-        candidates |= {"equal": said.members.mean(axis=0)} if judged.blend.method != "equal" else {}
-        candidates[members.names[best]] = said.members[best]
-    worlds = shakeup.draw(
-        list(candidates.values()), list(candidates), chance, metric, config.public_share, reps=400, seed=config.seed
-    )
-    return shakeup.told(worlds, config.public_share)
-
-
-def _views_told(scores: dict[str, float], chosen: str) -> list[str]:
-    if not scores:
-        return []
-    listed = ", ".join(f"{views} {score:.4f}" for views, score in scores.items())
-    return [f"Views chosen by OOF: {chosen} (plain mean of members: {listed})."]
-
-
 def _about(
     config: Blend,
     run: tracking.Run,
     members: Lineup,
     judged: Verdict,
     said: Spoken,
-    outlook: Outlook | None,
-    views: str,
+    expected: Forecast | None,
 ) -> dict[str, Any]:
     flat = np.concatenate(said.shares)
     models = [pin | {"share": float(share)} for pin, share in zip(members.pins, flat, strict=True)]
@@ -184,7 +129,7 @@ def _about(
         "competition": config.competition,
         "stage": config.stage,
         "method": judged.blend.method,
-        "views": views,
+        "views": members.views,
         "bag": config.bag,
         "blend": judged.blend.to_dict(),
         "weights": dict(zip(members.names, judged.blend.weights.tolist(), strict=True)),
@@ -192,37 +137,39 @@ def _about(
         "manifest_hash": members.rows.hash,
         "manifest": str(members.rows.file or ""),
         "git": git_tags(),
-        "estimate": outlook.accuracy._asdict() if outlook is not None else judged.score._asdict(),
+        "estimate": (expected.score if expected is not None else judged.score)._asdict(),
     }
 
 
-def _ledger(
-    members: Lineup, test: Manifest, said: Spoken, near: lineup.Near | None, about: dict[str, Any]
-) -> ledger.Ledger:
+def _ledger(members: Lineup, test: Manifest, said: Spoken, near: Near | None, about: dict[str, Any]) -> ledger.Ledger:
+    voters = slice(0, members.voters)
     running = {
-        count: lineup.bagged(lineup.votes(members, test, views), said.shares).mean(axis=0)
+        count: lineup.bagged(lineup.votes(members, test, views), said.shares)[voters].mean(axis=0)
         for views, count in nested(members.views).items()
     }
     bagged = dict(zip(members.names, said.members, strict=True))
-    return ledger.build(test, said.final, bagged, said.votes, running, near.images if near else [], about)
+    speakers = sum(len(members.slots[name]) for name in members.names[voters])
+    return ledger.build(test, said.final, bagged, said.votes[:speakers], running, near.images if near else [], about)
 
 
-def _numbers(judged: Verdict, outlook: Outlook | None, name: str) -> dict[str, float]:
+def _numbers(judged: Verdict, expected: Forecast | None, name: str) -> dict[str, float]:
     """The metrics of the run and of the JSON line."""
+    best = expected.score if expected is not None else judged.score
     found = {
         f"oof/{name}": judged.score.value,
         f"oof/{name}_low": judged.score.low,
         f"oof/{name}_high": judged.score.high,
         f"apparent/{name}": judged.apparent,
+        f"estimate/{name}": best.value,
+        "estimate/low": best.low,
+        "estimate/high": best.high,
     }
-    best = outlook.accuracy if outlook is not None else judged.score
-    key = "accuracy" if outlook is not None else name
-    found |= {f"estimate/{key}": best.value, "estimate/low": best.low, "estimate/high": best.high}
     for gain in judged.gains:
         label = "equal" if gain.over == "equal" else "best_single"
         found |= {f"gain/over_{label}": gain.value, f"gain/over_{label}_probability": gain.probability}
-    if outlook is not None:
-        found |= {f"shift/{key}": value for key, value in outlook.parts.items()}
+    if expected is not None:
+        found |= {"estimate/accuracy": expected.outlook.accuracy.value}
+        found |= {f"shift/{key}": value for key, value in expected.outlook.parts.items()}
     return found
 
 
@@ -252,7 +199,7 @@ def _register(
     oof = lineup.signed_oof(members, judged.cross.values)
     shares = lineup.shares(members, config.bag, judged.blend.params.get("per_fold"))
     fitted, kept = judged.blend, np.arange(len(members.names))
-    if fitted.rule == "linear":
+    if fitted.rule == "linear" and not members.experts:
         kept = np.flatnonzero(fitted.weights > 0)
         fitted = replace(fitted, weights=fitted.weights[kept], params={})
     names = [members.names[place] for place in kept]

@@ -3,7 +3,7 @@
 To add a method, write ``fit(members, target, fold, rows, metric) -> Blend`` and add a row; its tests are automatic.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,9 @@ from octofold.metrics import METRICS, Metric
 
 Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.bool_] | None
+Pairs = Sequence[tuple[int, int]]
+MOST = 200_000
+"""Rows that searching methods look at."""
 
 
 def fit(
@@ -26,8 +29,9 @@ def fit(
     fold: Array | None = None,
     rows: Rows = None,
     metric: Metric | None = None,
+    experts: Pairs = (),
 ) -> Blend:
-    """Fit one row of `METHODS`.
+    """Fit one row of `METHODS`, and gates for the pair experts among the members.
 
     Args:
         method: name of the row.
@@ -37,6 +41,9 @@ def fit(
         fold: ``(N,)`` int; methods with settings of their own choose them across these folds. None = one fold.
         rows: ``(N,)`` bool, the rows that may be seen; None = all.
         metric: what searching methods look at; None = accuracy, or mse for points.
+        experts: for each of the **last** members that was trained on two classes only, their indices. Such a member
+            has no say in the method; where its two classes lead by a small margin it may divide their probability
+            anew, if that helps across the folds (`stacking.fit_experts`).
 
     Raises:
         UserError: unknown method, a method that cannot blend points, or nothing to fit on.
@@ -49,12 +56,26 @@ def fit(
         )
     if members.shape[0] == 0 or members.shape[1] == 0 or (rows is not None and not rows.any()):
         raise UserError(f"blend method '{method}'", expected="at least one member and one row", got=str(members.shape))
-    if members.shape[0] == 1:  # nothing to weigh
-        return Blend(method, "linear", np.ones(1))
-    default = METRICS["mse" if points else "accuracy"]
-    return METHODS[method](
-        members, target, np.zeros(members.shape[1], int) if fold is None else fold, rows, metric or default
-    )
+    fold = np.zeros(members.shape[1], int) if fold is None else fold
+    metric = metric or METRICS["mse" if points else "accuracy"]
+    voters = members[: len(members) - len(experts)]
+    if len(voters) == 1:  # nothing to weigh
+        blend = Blend(method, "linear", np.ones(1))
+    else:
+        blend = METHODS[method](voters, target, fold, rows, metric)
+    return _gated(blend, members, target, fold, rows, metric, experts) if experts else blend
+
+
+def _gated(
+    blend: Blend, members: Array, target: Array, fold: Array, rows: Rows, metric: Metric, experts: Pairs
+) -> Blend:
+    """The blend with a gate for each pair that a member was trained on, and the experts themselves at weight 0."""
+    seen, truth = _seen(members, target, rows)
+    kept = _sample(members, rows, MOST)
+    weights = np.r_[blend.weights, np.zeros(len(experts))]
+    gated = replace(blend, weights=weights, params=blend.params | {"voters": len(members) - len(experts)})
+    found = stacking.fit_experts(seen, truth, fold[kept], gated.apply(seen), metric, list(dict.fromkeys(experts)))
+    return replace(gated, params=gated.params | {"experts": [*gated.params.get("experts", []), *found]})
 
 
 def _equal(members: Array, *_: Any) -> npt.NDArray[np.float64]:
@@ -131,7 +152,7 @@ def cwr(members: Array, target: Array, fold: Array, rows: Rows, metric: Metric) 
 
 def stack(members: Array, target: Array, fold: Array, rows: Rows, metric: Metric) -> Blend:
     """A logistic meta-model on probabilities, margins and entropies; its ridge chosen across the folds."""
-    params = stacking.fit_logistic(*_seen(members, target, rows), fold if rows is None else fold[rows])
+    params = stacking.fit_logistic(*_seen(members, target, rows), fold[_sample(members, rows, MOST)])
     return Blend("stack", "stack", stacking.influence(params, members.shape[0], members.shape[2]), params)
 
 
@@ -144,15 +165,16 @@ def dirichlet(members: Array, target: Array, fold: Array, rows: Rows, metric: Me
 def pair_gate(members: Array, target: Array, fold: Array, rows: Rows, metric: Metric) -> Blend:
     """`simplex`, and for the pairs it confuses an expert that speaks only in close calls (original 000)."""
     weights = simplex(members, target, fold, rows, metric).weights
-    seen = _seen(members, target, rows)
-    experts = stacking.fit_experts(*seen, fold if rows is None else fold[rows], weights, metric)
+    seen, truth = _seen(members, target, rows)
+    base = np.tensordot(weights, seen, 1)
+    experts = stacking.fit_experts(seen, truth, fold[_sample(members, rows, MOST)], base, metric)
     return Blend("pair_gate", "gate", weights, {"experts": experts})
 
 
 def best_single(members: Array, target: Array, fold: Array, rows: Rows, metric: Metric) -> Blend:
     """The one member with the best score."""
-    sign, seen = 1 if metric.higher_is_better else -1, slice(None) if rows is None else rows
-    scores = [sign * metric.score(np.asarray(member[seen]), target[seen]) for member in members]
+    seen = slice(None) if rows is None else rows
+    scores = [metric.sign * metric.score(np.asarray(member[seen]), target[seen]) for member in members]
     return Blend("best_single", "linear", np.eye(len(members))[int(np.argmax(scores))])
 
 
@@ -193,9 +215,9 @@ def _gains(values: Array, target: Array, metric: Metric) -> Array:
     return np.asarray(values.argmax(axis=1) == target, dtype=float)
 
 
-def _seen(members: Array, target: Array, rows: Rows, most: int = 200_000) -> tuple[Array, Array]:
-    """The rows searching methods work on, in memory: all of them up to `most`, else an even sample."""
-    kept = _sample(members, rows, most)
+def _seen(members: Array, target: Array, rows: Rows) -> tuple[Array, Array]:
+    """The rows searching methods work on, in memory: all of them up to `MOST`, else an even sample."""
+    kept = _sample(members, rows, MOST)
     return np.asarray(members[:, kept], np.float32), target[kept]
 
 

@@ -4,7 +4,7 @@ The apparent score of a blend is measured on the rows its weights were fitted to
 is predicted by a blend fitted on the other folds. What stays in-sample is each member's own choice of epoch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -43,7 +43,15 @@ class CrossFit:
     blends: list[Blend]
 
 
-def cross_fit(method: str, members: Array, target: Array, fold: Array, metric: Metric) -> CrossFit:
+def cross_fit(
+    method: str,
+    members: Array,
+    target: Array,
+    fold: Array,
+    metric: Metric,
+    instead: Mapping[int, Array] | None = None,
+    experts: blending.Pairs = (),
+) -> CrossFit:
     """Fit a method on all folds but one, blend that one, and so round.
 
     Args:
@@ -52,6 +60,9 @@ def cross_fit(method: str, members: Array, target: Array, fold: Array, metric: M
         target: ``(N,)`` or ``(N, P, 2)``.
         fold: ``(N,)`` int.
         metric: what searching methods look at.
+        instead: for some folds, other arrays like `members`, to fit and to blend when that fold is held out: where
+            the predictions themselves were chosen (which views), the choice made without the fold.
+        experts: see `blending.fit`.
 
     Raises:
         UserError: fewer than two folds: nothing is left to fit on.
@@ -59,22 +70,18 @@ def cross_fit(method: str, members: Array, target: Array, fold: Array, metric: M
     folds = folds_of(fold)
     values, blends = np.empty(members.shape[1:], np.float32), []
     for held in folds:
-        rows = fold == held
-        blend = blending.fit(method, members, target, fold, ~rows, metric)
-        values[rows] = blend.apply(members[:, rows])
+        rows, own = fold == held, (instead or {}).get(held, members)
+        blend = blending.fit(method, own, target, fold, ~rows, metric, experts)
+        values[rows] = blend.apply(own[:, rows])
         blends.append(blend)
     return CrossFit(values, blends)
 
 
-def best_single(members: Array, target: Array, fold: Array, metric: Metric) -> Array:
+def best_single(
+    members: Array, target: Array, fold: Array, metric: Metric, instead: Mapping[int, Array] | None = None
+) -> Array:
     """For each fold, the member that is best on the other folds: ``(N, …)`` values, chosen without seeing."""
-    values = np.empty(members.shape[1:], np.float32)
-    sign = 1 if metric.higher_is_better else -1
-    for held in folds_of(fold):
-        rows = fold == held
-        scores = [sign * metric.score(member[~rows], target[~rows]) for member in members]
-        values[rows] = members[int(np.argmax(scores))][rows]
-    return values
+    return cross_fit("best_single", members, target, fold, metric, instead).values
 
 
 def folds_of(fold: Array) -> list[int]:
@@ -183,9 +190,8 @@ class Gain(NamedTuple):
 
 def gain(over: str, mine: Array, theirs: Array, score: tuple[float, float], metric: Metric) -> Gain:
     """Compare paired bootstrap draws ``(R,)`` of two candidates whose scores are `score`."""
-    sign = 1 if metric.higher_is_better else -1
-    draws = sign * (mine - theirs)
+    draws = metric.sign * (mine - theirs)
     low, high = np.quantile(draws, [0.025, 0.975])
     # Ties count half: two equal candidates have an even chance, not none.
     probability = float((draws > 0).mean() + 0.5 * (draws == 0).mean())
-    return Gain(over, sign * (score[0] - score[1]), float(low), float(high), probability)
+    return Gain(over, metric.sign * (score[0] - score[1]), float(low), float(high), probability)

@@ -1,33 +1,29 @@
 """The lineup: a stage's fold models with their OOF, aligned, and what they say of the test images, cached."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from octofold import predictions
-from octofold.blend.shift import Distance, measure, pooled
-from octofold.data.images import PixelCache, PixelSpec, open_cache
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError, preview
-from octofold.files import ROOT, atomic, sha256_json
+from octofold.files import ROOT, sha256_json
 from octofold.infer import ensemble
+from octofold.infer.combining import Blend
 from octofold.infer.inference import predict_manifest
-from octofold.metrics import Metric, accuracy, point_mse
+from octofold.metrics import accuracy, point_mse
+from octofold.nets.models import read_card
 from octofold.predictions import Predictions
-from octofold.recipe import Model
 from octofold.track import registry
 from octofold.track.registry import Slot
-from octofold.tta import NESTED
 
 Array = npt.NDArray[Any]
 log = logging.getLogger("octofold")
-BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -41,6 +37,8 @@ class Lineup:
         rows: the N training samples that every member predicted without having trained on them.
         views: row of `tta.VIEWS` all was predicted with.
         left_out: manifest rows that some member has no such prediction for.
+        experts: for each of the **last** members that were trained on two classes only, the indices of the two. They
+            have no vote; blends gate them (`blending.fit`).
     """
 
     slots: dict[str, list[Slot]]
@@ -49,6 +47,12 @@ class Lineup:
     rows: Manifest
     views: str
     left_out: int = 0
+    experts: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def voters(self) -> int:
+        """How many members, the first, know all classes."""
+        return len(self.slots) - len(self.experts)
 
     @property
     def names(self) -> list[str]:
@@ -99,16 +103,15 @@ def gather(
             fix=f"python entrypoints/promote.py --competition {competition} --member NAME --stage {stage}",
         )
     slots = {name: sorted(found[name], key=lambda slot: (slot.fold, slot.seed)) for name in sorted(found)}
-    for name, own in slots.items():
-        odd = [slot for slot in own if slot.manifest_hash != manifest.hash]
-        if odd and not mixed:
-            raise UserError(
-                f"member '{name}' ({odd[0].name} version {odd[0].version})",
-                expected=f"trained on manifest {manifest.hash[:12]} ({manifest.file})",
-                got=f"manifest {odd[0].manifest_hash[:12]}",
-                fix=f"train it again on this manifest, leave it out by --members, or allow it by --mixed "
-                f"(members: {preview(slots, 9)})",
-            )
+    if not mixed:
+        _check_versions(slots, manifest)
+    pairs = {name: pair for name, own in slots.items() if (pair := _pair(own[0], manifest)) is not None}
+    if len(pairs) == len(slots):
+        raise UserError(
+            f"stage '{stage}' of {competition}", expected="a member that knows all classes",
+            got=f"pair experts alone: {preview(pairs, 9)}", fix="promote one trained without `classes`",
+        )  # fmt: skip
+    slots = {name: slots[name] for name in sorted(slots, key=lambda name: (name in pairs, name))}
     whole = {name: _member_oof(own, manifest, views, mixed) for name, own in slots.items()}
     shared = set(manifest.sample_ids.tolist())
     for oof in whole.values():
@@ -126,7 +129,40 @@ def gather(
     rows = manifest.take(np.array([name in shared for name in manifest.sample_ids.tolist()]))
     aligned = [whole[name].reorder(manifest.classes).take(rows.sample_ids).values for name in slots]
     left_out = len(manifest.table) - len(rows.table)
-    return Lineup(slots, np.stack(aligned), _per_seed(slots, rows, views, mixed), rows, views, left_out)
+    experts = tuple(pairs[name] for name in slots if name in pairs)
+    return Lineup(slots, np.stack(aligned), _per_seed(slots, rows, views, mixed), rows, views, left_out, experts)
+
+
+def _check_versions(slots: dict[str, list[Slot]], manifest: Manifest) -> None:
+    for name, own in slots.items():
+        odd = [slot for slot in own if slot.manifest_hash != manifest.hash]
+        if odd:
+            raise UserError(
+                f"member '{name}' ({odd[0].name} version {odd[0].version})",
+                expected=f"trained on manifest {manifest.hash[:12]} ({manifest.file})",
+                got=f"manifest {odd[0].manifest_hash[:12]}",
+                fix=f"train it again on this manifest, leave it out by --members, or allow it by --mixed "
+                f"(members: {preview(slots, 9)})",
+            )
+
+
+def _pair(slot: Slot, manifest: Manifest) -> tuple[int, int] | None:
+    """The two classes a member was trained on, if its recipe narrowed it to two.
+
+    Raises:
+        UserError: it was narrowed to more: nobody knows when it should speak.
+    """
+    card = read_card(registry.fetch(slot))
+    wanted = [name for name in card.recipe.get("classes", []) if name in card.classes]
+    if not wanted or len(wanted) == len(card.classes):
+        return None
+    if len(wanted) != 2:
+        raise UserError(
+            f"member '{slot.member}'", expected="a member of all classes, or an expert for two of them",
+            got=f"one of {len(wanted)}: {preview(wanted)}", fix="leave it out by --members",
+        )  # fmt: skip
+    a, b = (manifest.classes.index(name) for name in wanted)
+    return min(a, b), max(a, b)
 
 
 def _member_oof(slots: Sequence[Slot], manifest: Manifest, views: str, mixed: bool) -> Predictions:
@@ -186,51 +222,27 @@ def predict(slots: Sequence[Slot], images: Manifest, views: str) -> list[Predict
     ids = sorted(images.sample_ids.tolist())
 
     def file(slot: Slot, name: str) -> Path:
-        return _cache(images) / f"{sha256_json([slot.model_sha, ids, name])[:32]}.parquet"
+        return cache_of(images) / f"{sha256_json([slot.model_sha, ids, name])[:32]}.parquet"
 
     missing = [slot for slot in slots if not file(slot, views).exists()]
     for version in sorted({slot.manifest_hash for slot in missing}):
         some = [slot for slot in missing if slot.manifest_hash == version]
         crew = ensemble.load_bag([registry.fetch(slot) for slot in some])
         for slot, voice in zip(some, crew.voices, strict=True):
-            _check_weights(slot, voice.card.model_sha)
+            check_weights(slot, voice.card.model_sha)
         for slot, said in zip(some, predict_manifest(crew, images, views), strict=True):
             for name, values in said.items():
                 values.save(file(slot, name))
     return [Predictions.load(file(slot, views)).take(images.sample_ids) for slot in slots]
 
 
-def embed(slot: Slot, images: Manifest) -> Array:
-    """Return the pooled features ``(N, F)`` float32 of one fold model's trunk, upright view, cached like `predict`."""
-    import torch
-
-    from octofold.nets.models import read_model
-
-    key = sha256_json([slot.model_sha, sorted(images.sample_ids.tolist()), "features"])
-    file = _cache(images) / f"{key[:32]}.npz"
-    if file.exists():
-        stored = np.load(file)
-        place = {name: row for row, name in enumerate(stored["ids"].tolist())}
-        return np.asarray(stored["features"][[place[name] for name in images.sample_ids.tolist()]])
-    net, card = read_model(registry.fetch(slot))
-    _check_weights(slot, card.model_sha)
-    pixels = open_cache(images, PixelSpec.of(Model.model_validate(card.recipe["model"])))
-    with torch.inference_mode():
-        parts = [
-            net.features(torch.from_numpy(batch).permute(0, 3, 1, 2)).float().numpy()
-            for batch in squares(pixels, f"{slot.name} features")
-        ]
-    found = np.concatenate(parts)
-    with atomic(file) as temporary:
-        np.savez(temporary, ids=images.sample_ids, features=found)
-    return found
-
-
-def _cache(images: Manifest) -> Path:
+def cache_of(images: Manifest) -> Path:
+    """Where predictions and features of these images are kept."""
     return ROOT / "data" / images.competition / "cache" / "predictions"
 
 
-def _check_weights(slot: Slot, sha: str) -> None:
+def check_weights(slot: Slot, sha: str) -> None:
+    """Refuse weights that are not the ones registered."""
     if sha != slot.model_sha:
         raise UserError(
             f"{slot.name} version {slot.version}",
@@ -240,10 +252,29 @@ def _check_weights(slot: Slot, sha: str) -> None:
         )
 
 
-def squares(pixels: PixelCache, title: str) -> Iterator[npt.NDArray[np.uint8]]:
-    """Batches ``(B, S, S, 3)`` of the cached photos' centre squares, with a bar on stderr."""
-    for start in tqdm(range(0, len(pixels), BATCH), desc=title, unit="batch", leave=False, disable=None):
-        yield np.stack([pixels.square(row) for row in range(start, min(start + BATCH, len(pixels)))])
+@dataclass(frozen=True)
+class Spoken:
+    """What the models say of the test images.
+
+    Attributes:
+        votes: ``(S, T, …)`` of every fold model.
+        members: ``(M, T, …)`` bagged.
+        final: ``(T, …)`` blended.
+        shares: per member, of its fold models.
+    """
+
+    votes: Array
+    members: Array
+    final: Array
+    shares: list[npt.NDArray[np.float64]]
+
+
+def speak(lineup: Lineup, blend: Blend, test: Manifest, bag: str) -> Spoken:
+    """Predict the test images by every fold model, bag them, blend them."""
+    said = votes(lineup, test)
+    parts = shares(lineup, bag, blend.params.get("per_fold"))
+    members = bagged(said, parts)
+    return Spoken(said, members, blend.apply(members), parts)
 
 
 def votes(lineup: Lineup, test: Manifest, views: str = "") -> Array:
@@ -265,7 +296,7 @@ def shares(lineup: Lineup, bag: str, per_fold: dict[str, list[float]] | None = N
     found = []
     for place, slots in enumerate(lineup.slots.values()):
         raw = np.array([_own_score(lineup, place, slot) if bag == "oof_acc" else 1.0 for slot in slots])
-        if per_fold:
+        if per_fold and place < lineup.voters:
             raw = raw * np.array([per_fold[str(slot.fold)][place] for slot in slots])
         found.append(raw / raw.sum() if raw.sum() > 0 else np.full(len(slots), 1 / len(slots)))
     return found
@@ -325,57 +356,6 @@ def _signed(lineup: Lineup, rows: Manifest, values: Array, name: str) -> Predict
         model_sha=predictions.bag_sha(shas),
         views=lineup.views,
     )
-
-
-class Near(NamedTuple):
-    """Test against train, and for each test image the training images it is most like, with their similarity."""
-
-    distance: Distance
-    images: list[list[tuple[str, float]]]
-
-
-def compare(lineup: Lineup, weights: Array, test: Manifest, enough: int = 600) -> Near | None:
-    """Compare test with training images in the embedding of the member that weighs most.
-
-    One fold model after another speaks, until `enough` held-out rows were compared.
-    """
-    name = lineup.names[int(np.argmax(weights))]
-    parts, seen = [], 0
-    for slot in lineup.slots[name]:
-        held = lineup.rows.fold == slot.fold
-        if slot.seed != lineup.slots[name][0].seed or not held.any() or held.all():
-            continue
-        parts.append(measure(embed(slot, lineup.rows), held, embed(slot, test)))
-        seen += int(held.sum())
-        if seen >= enough:
-            break
-    if not parts:
-        return None
-    paths = lineup.rows.table["path"].to_numpy(str)
-    near = [
-        [(str(paths[row]), float(score)) for row, score in zip(rows, scores, strict=True)]
-        for rows, scores in zip(parts[0].nearest, parts[0].similarity, strict=True)
-    ]
-    return Near(pooled(parts), near)
-
-
-def best_views(config: Any, manifest: Manifest, metric: Metric) -> tuple[str, dict[str, float]]:
-    """Choose the view set whose OOF blends best, as `tta: auto` does.
-
-    Args:
-        config: the blend's flags.
-        manifest: the training data.
-        metric: what is looked at; ties go to fewer views.
-
-    Returns:
-        The choice, and the score of each view set.
-    """
-    sign = 1 if metric.higher_is_better else -1
-    scores = {}
-    for views in NESTED:
-        found = gather(config.competition, config.stage, config.members, manifest, views, config.mixed)
-        scores[views] = metric.score(found.oof.mean(axis=0), found.rows.target)
-    return max(scores, key=lambda views: sign * scores[views]), scores
 
 
 def test_set(manifest: Manifest) -> Manifest | None:

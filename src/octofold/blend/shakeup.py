@@ -130,46 +130,16 @@ def _resampled(sides: Sequence[Array], place: Array, rng: np.random.Generator) -
     return found
 
 
-def heard(worlds: Worlds, seen_public: Array) -> Array:
-    """Private scores ``(C, R)`` of the worlds, moved by what the public board really said.
+def two_finals(worlds: Worlds) -> tuple[int, int]:
+    """Choose the pair whose better private score is best on average over the worlds, the better estimate first.
 
-    Linear conditioning, world by world (Matheron's rule): each world's private scores move by the regression of
-    private on public times the difference between what was seen and what that world's board said. A small public part
-    has a noisy board, and is believed as little as it deserves.
-
-    Args:
-        worlds: from `draw`.
-        seen_public: ``(C,)`` scores that came back, NaN where not submitted.
+    A hedge errs elsewhere; a twin of the first, however good, adds nothing. (Equal indices where there is only one.)
     """
-    known = np.isfinite(seen_public)
-    if not known.any():
-        return worlds.private
-    board, count = worlds.public[known], worlds.public.shape[1]
-    off = board - board.mean(axis=1, keepdims=True)
-    among = off @ off.T / count
-    among += np.eye(len(among)) * (np.trace(among) / len(among) * 1e-3 + 1e-12)
-    across = (worlds.private - worlds.private.mean(axis=1, keepdims=True)) @ off.T / count
-    moved: Array = worlds.private + across @ np.linalg.solve(among, seen_public[known][:, None] - board)
-    return moved
-
-
-def two_finals(worlds: Worlds, seen_public: Array | None = None) -> tuple[int, int]:
-    """Choose the pair whose better private score is best on average: the best estimate, and a hedge to it.
-
-    A hedge errs elsewhere; a twin of the first, however good, adds nothing.
-
-    Args:
-        worlds: from `draw`.
-        seen_public: ``(C,)`` public scores that came back, NaN where not submitted; None = nothing was submitted.
-
-    Returns:
-        Two indices, the better estimate first (equal where there is only one candidate).
-    """
-    private = worlds.sign * (worlds.private if seen_public is None else heard(worlds, seen_public))
-    first = int(private.mean(axis=1).argmax())
-    pairs = np.maximum(private[first], private).mean(axis=1)
-    pairs[first] = -np.inf if len(pairs) > 1 else pairs[first]
-    return first, int(pairs.argmax())
+    private = worlds.sign * worlds.private
+    mean = private.mean(axis=1)
+    pairs = [(np.maximum(private[a], private[b]).mean(), a, b) for a in range(len(mean)) for b in range(a)]
+    _, a, b = max(pairs, default=(0.0, 0, 0))
+    return (a, b) if mean[a] >= mean[b] else (b, a)
 
 
 def told(worlds: Worlds, public_share: float) -> list[str]:

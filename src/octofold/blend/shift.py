@@ -5,10 +5,9 @@ views of the difference, none of which needs a test label: how well a classifier
 images are from their nearest training image beside held-out ones, and how much less sure the models are.
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +16,7 @@ from scipy.special import ndtr, ndtri
 
 from octofold.blend.estimate import Interval
 from octofold.infer.combining import softmax
+from octofold.metrics import Metric
 
 Array = npt.NDArray[Any]
 
@@ -74,6 +74,15 @@ def measure(train: Array, held: Array, test: Array, seed: int = 0) -> Distance:
         float(similarity.max(axis=1).mean()),
         np.flatnonzero(~held)[order],
         np.take_along_axis(similarity, order, axis=1),
+    )
+
+
+def told(distance: Distance) -> str:
+    """The distance in words."""
+    return (
+        f"Test against train: a classifier tells them apart with AUC {distance.auc:.2f} (0.5 = not at all); "
+        f"a test image's nearest training image has similarity {distance.nn_test:.3f}, a held-out image's "
+        f"{distance.nn_held:.3f}."
     )
 
 
@@ -176,6 +185,20 @@ class Outlook:
         return self.oof - self.accuracy.value
 
 
+class Signal(NamedTuple):
+    """Something that can be seen without labels and falls with accuracy: per row, on OOF rows and on test rows."""
+
+    pace: float
+    """How much faster accuracy falls, on the probit scale; paces of all signals together weigh them."""
+    before: Array
+    after: Array
+
+    @property
+    def fall(self) -> float:
+        """What the signal says accuracy loses, in probits (negative = loses)."""
+        return self.pace * (level(float(self.after.mean())) - level(float(self.before.mean())))
+
+
 def foresee(
     oof: Array,
     target: Array,
@@ -198,106 +221,70 @@ def foresee(
         spread: standard error of the cross-fitted accuracy (groups and seeds).
         distance: from `measure`, to be told with the rest.
         members: ``(M, N, K)`` out-of-fold and, per fold, ``(M, T, K)`` test probabilities; agreement needs two members.
-        slope: how much faster accuracy falls than confidence on this data, from `rehearse`.
+        slope: how much faster accuracy falls than confidence on this data, from `rehearsal.rehearse`.
     """
-    accuracy, rows = float((oof.argmax(axis=1) == target).mean()), len(test_by_fold[0])
+    accuracy, tests = float((oof.argmax(axis=1) == target).mean()), len(test_by_fold[0])
     power = temperature(oof, target)
     sure = tempered(oof, power).max(axis=1)
     sure_test = np.mean([tempered(part, power).max(axis=1) for part in test_by_fold], axis=0)
-    signals = [(slope, sure, sure_test)]
+    signals = [Signal(slope, sure, sure_test)]
     if members is not None and len(members[0]) > 1:
         agreed = np.mean([agreement(part) for part in members[1]], axis=0)
         pace = AGREEMENT * np.sqrt(slope / SURENESS)
-        signals = [(slope / 2, sure, sure_test), (pace / 2, agreement(members[0]), agreed)]
-    fall = sum(slope * (_level(new.mean()) - _level(old.mean())) for slope, old, new in signals)
-    noise = _noise([(slope, old) for slope, old, _ in signals]) + _noise([(slope, new) for slope, _, new in signals])
-    fall *= max(0.0, 1 - noise / max(fall**2, 1e-12))
-    centre = _level(accuracy) + fall
-    value = float(ndtr(centre))
-    own = spread / _density(_level(accuracy))
-    finite = np.sqrt(value * (1 - value) / rows) / _density(centre)
-    # What these signals do not see of a shift: the scatter around them where the truth was known. Models overlook more
-    # than they imagine, so it reaches further down, the more so the better test and train can be told apart.
-    apart = 0.0
-    if distance is not None:
-        apart = np.sqrt(2) * _level(max(0.5, distance.auc - 2 * distance.auc_error))
-    blind_down = np.hypot(min(0.06 + 0.4 * abs(fall), 0.4), BLINDNESS * apart)
-    blind_up = min(0.06 + 0.4 * abs(fall), 0.3)
-    down, up = (1.96 * float(np.sqrt(own**2 + finite**2 + blind**2)) for blind in (blind_down, blind_up))
+        signals = [Signal(slope / 2, sure, sure_test), Signal(pace / 2, agreement(members[0]), agreed)]
+    fall = _shrunk_fall(signals)
+    low, high = _bounds(accuracy, spread, len(target), fall, blindness(fall, distance), tests)
     parts = {"oof": accuracy, "temperature": 1 / power, "confidence": float(sure_test.mean()), "slope": slope}
     parts["atc"] = float(np.mean([atc(oof, target, part) for part in test_by_fold]))
     if len(signals) > 1:
-        parts |= {"agreement_oof": float(signals[1][1].mean()), "agreement_test": float(signals[1][2].mean())}
+        parts |= {
+            f"agreement_{name}": float(rows.mean()) for name, rows in zip(("oof", "test"), signals[1][1:], strict=True)
+        }
     if distance is not None:
         parts |= {
             "adversarial_auc": distance.auc,
             "nn_similarity_held_out": distance.nn_held,
             "nn_similarity_test": distance.nn_test,
         }
-    covers = ["sampling of groups", f"the {rows} test images", "shift that confidence and agreement do not show"]
-    bounds = Interval(value, float(ndtr(centre - down)), float(ndtr(centre + up)))
-    return Outlook(bounds, accuracy, parts, distance, covers)
+    covers = ["sampling of groups", f"the {tests} test images", "shift that confidence and agreement do not show"]
+    return Outlook(Interval(float(ndtr(level(accuracy) + fall)), low, high), accuracy, parts, distance, covers)
 
 
-def rehearse(features: Array, target: Array, reps: int = 8, seed: int = 0) -> float:
-    """Rehearse a shift with training data alone: how much faster does accuracy fall than confidence here?
+def _shrunk_fall(signals: Sequence[Signal]) -> float:
+    """What the signals together say accuracy loses, in probits; nothing where it is within sampling noise."""
+    fall = sum(signal.fall for signal in signals)
+    noise = _noise([(signal.pace, signal.before) for signal in signals])
+    noise += _noise([(signal.pace, signal.after) for signal in signals])
+    return fall * max(0.0, 1 - noise / max(fall**2, 1e-12))
 
-    Each class is cut into sub-clusters; in turn one of each is held out whole, a logistic regression learns the rest,
-    and what confidence and accuracy lose from ordinary held-out rows to those never seen are set side by side.
 
-    Args:
-        features: ``(N, F)`` of an embedding that did not learn these labels: ImageNet's, or pixels.
-        target: ``(N,)``.
-        reps: rehearsals.
-        seed: of the cuts.
+def blindness(fall: float, distance: Distance | None) -> tuple[float, float]:
+    """What the signals do not see of a shift: its standard deviation downwards and upwards, in probits.
 
-    Returns:
-        The slope on the probit scale, between 1 and 3.5; `SURENESS` where classes are too small to be cut.
+    The scatter around them where the truth was known. Models overlook more than they imagine, so it reaches further
+    down, the more so the better test and train can be told apart.
     """
-    from sklearn.cluster import KMeans
-    from sklearn.decomposition import PCA
-    from sklearn.preprocessing import StandardScaler
-
-    rng = np.random.default_rng(seed)
-    width = min(40, features.shape[1], len(features) // 4)
-    rows = StandardScaler().fit_transform(PCA(width, random_state=seed).fit_transform(features))
-    cut = np.zeros(len(target), int)
-    for label in np.unique(target):
-        own = np.flatnonzero(target == label)
-        parts = min(3, max(1, len(own) // 8))
-        cut[own] = 100 * label + KMeans(parts, n_init=1, random_state=seed).fit_predict(rows[own])
-    pairs = [_rehearsal(rows, target, cut, rng) for _ in range(reps)]
-    falls = np.array([pair for pair in pairs if pair is not None and pair[0] < -0.02])
-    if len(falls) < 3:
-        return SURENESS
-    steep = float((falls[:, 0] * falls[:, 1]).sum() / (falls[:, 0] ** 2).sum())
-    return float(np.clip(0.9 * steep, 1.0, 3.5))  # a whole sub-cluster never seen is harsher than another visit
+    apart = np.sqrt(2) * level(max(0.5, distance.auc - 2 * distance.auc_error)) if distance is not None else 0.0
+    scatter = 0.06 + 0.4 * abs(fall)
+    return float(np.hypot(min(scatter, 0.4), BLINDNESS * apart)), min(scatter, 0.3)
 
 
-def _rehearsal(rows: Array, target: Array, cut: Array, rng: np.random.Generator) -> tuple[float, float] | None:
-    """What confidence and accuracy lose, on the probit scale, on one held-out sub-cluster of each class."""
-    from sklearn.linear_model import LogisticRegression
+def _bounds(
+    accuracy: float, spread: float, rows: int, fall: float, blind: tuple[float, float], tests: int, draws: int = 20_000
+) -> tuple[float, float]:
+    """95 % of the accuracies that may be counted on so many test images.
 
-    away = np.zeros(len(target), bool)
-    for label in np.unique(target):
-        parts = np.unique(cut[target == label])
-        away |= (cut == rng.choice(parts)) if len(parts) > 1 else False
-    near = ~away & (rng.random(len(target)) < 0.3)
-    learn = ~away & ~near
-    if min(away.sum(), near.sum()) < 20 or len(np.unique(target[learn])) < 2:
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # not converged to the last digit is near enough
-        model = LogisticRegression(C=0.1, max_iter=60, tol=1e-3).fit(rows[learn], target[learn])
-    levels: list[tuple[float, float]] = []
-    power = 1.0
-    for part in (near, away):
-        probs = np.zeros((part.sum(), int(target.max()) + 1))
-        probs[:, model.classes_] = model.predict_proba(rows[part])
-        power = temperature(probs, target[part]) if not levels else power
-        hit, sure = (probs.argmax(axis=1) == target[part]).mean(), tempered(probs, power).max(axis=1).mean()
-        levels.append((_level(sure), _level(hit)))
-    return levels[1][0] - levels[0][0], levels[1][1] - levels[0][1]
+    Drawn, because near 1 nothing is normal any more: the cross-fitted accuracy from the beta distribution of as many
+    independent rows as its standard error is worth (Jeffreys' prior), what the signals do not see on the probit scale,
+    and the hits among the test images from the binomial distribution.
+    """
+    rng = np.random.default_rng(0)
+    worth = float(np.clip(accuracy * (1 - accuracy) / max(spread**2, 1e-12), 1, rows))
+    start = ndtri(rng.beta(worth * accuracy + 0.5, worth * (1 - accuracy) + 0.5, draws))
+    unseen = rng.standard_normal(draws)
+    share = ndtr(start + fall + unseen * np.where(unseen < 0, *blind))
+    low, high = np.quantile(rng.binomial(tests, share) / tests, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def agreement(members: Array) -> Array:
@@ -310,7 +297,7 @@ def agreement(members: Array) -> Array:
 
 def _noise(signals: Sequence[tuple[float, Array]]) -> float:
     """Sampling variance of a sum of slopes times probit levels of means over the same rows."""
-    rows = sum(slope * values / _density(_level(values.mean())) for slope, values in signals)
+    rows = sum(slope * values / _density(level(values.mean())) for slope, values in signals)
     return float(np.var(rows) / np.size(rows))
 
 
@@ -318,7 +305,8 @@ def _density(level: float) -> float:
     return float(max(np.exp(-(level**2) / 2) / np.sqrt(2 * np.pi), 1e-3))
 
 
-def _level(share: float) -> float:
+def level(share: float) -> float:
+    """Probit of a share, kept within what a few thousand rows can tell."""
     return float(ndtri(np.clip(share, 0.005, 0.9995)))
 
 
@@ -331,20 +319,29 @@ def calibrated(probs: Array, accuracy: float) -> Array:
     return tempered(probs, float(np.exp(minimize_scalar(gap, bounds=(-3, 3), method="bounded").x)))
 
 
-def expected_score(probs: Array, accuracy: float, score: Any, reps: int = 40, seed: int = 0) -> float:
-    """Any score on the test images, were their labels drawn from probabilities that fit an expected accuracy.
+def derived(probs: Array, outlook: Outlook, metric: Metric, draws: int = 200, seed: int = 0) -> Interval:
+    """Derive another score on the test images from the estimate of accuracy.
 
-    The probabilities are tempered until their mean maximum is `accuracy`; then labels are drawn and scored.
+    Accuracies are drawn from the estimate's interval; for each, the probabilities are tempered until their mean
+    maximum is that accuracy, labels are drawn from them, and the submission is scored on these. So far as the blend's
+    errors fall where its tempered probabilities say, the interval holds as much as that of accuracy.
 
     Args:
         probs: ``(T, K)`` the submission's probabilities.
-        accuracy: from `foresee`.
-        score: ``score(probs, target) -> float``.
-        reps: draws.
+        outlook: from `foresee`.
+        metric: any score of classes.
+        draws: worlds.
         seed: of the draws.
     """
-
-    chance = calibrated(probs, accuracy)
-    steps, rng = chance.cumsum(axis=1), np.random.default_rng(seed)
-    draws = [(rng.random((len(probs), 1)) > steps).sum(axis=1).clip(0, probs.shape[1] - 1) for _ in range(reps)]
-    return float(np.mean([score(probs, draw) for draw in draws]))
+    value, low, high = (level(share) for share in outlook.accuracy)
+    rng = np.random.default_rng(seed)
+    away = rng.standard_normal(draws) / 1.96
+    shares = ndtr(value + away * np.where(away < 0, value - low, high - value))
+    knots = np.unique(np.quantile(shares, np.linspace(0, 1, 17)))
+    steps = [calibrated(probs, float(knot)).cumsum(axis=1) for knot in knots]
+    scores = []
+    for share in shares:
+        step = steps[int(np.abs(knots - share).argmin())]
+        scores.append(metric.score(probs, (rng.random((len(probs), 1)) * step[:, -1:] > step).sum(axis=1)))
+    middle, low, high = np.nanquantile(scores, [0.5, 0.025, 0.975])
+    return Interval(float(middle), float(low), float(high))

@@ -6,6 +6,7 @@ outer cross-fit of `estimate` then scores it on a fold it never saw.
 
 import itertools
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -148,17 +149,27 @@ def influence(params: dict[str, Any], count: int, classes: int) -> Array:
     return solvers.normalised(own + rest[: 3 * count].reshape(3, count).sum(axis=0))
 
 
-def fit_experts(members: Array, target: Array, fold: Array, weights: Array, metric: Metric, most: int = 3) -> Experts:
-    """Find the pairs a weighted average confuses most, and give each a gated expert where that helps across folds.
+def fit_experts(
+    members: Array,
+    target: Array,
+    fold: Array,
+    base: Array,
+    metric: Metric,
+    pairs: Sequence[tuple[int, int]] | None = None,
+    most: int = 3,
+) -> Experts:
+    """Give pairs of classes that a blend ``(N, K)`` confuses a gated expert, where that helps across folds.
+
+    The pairs are those that members were trained on (`pairs`), or the ones confused most.
 
     An expert is a logistic model on the members' log-odds of the two classes. Margin and threshold are chosen on
     expert outputs that are themselves out-of-fold, and an expert is kept only if it mends more than it breaks by
-    at least three rows.
+    at least three rows and by twice the square root of those it changes: less is luck.
     """
-    base = np.tensordot(weights, members, 1)
     table = confusion(base.argmax(axis=1), target, base.shape[1])
-    both = np.triu(table + table.T, 1)
-    pairs = [divmod(int(cell), both.shape[1]) for cell in np.argsort(both, axis=None)[::-1][:most]]
+    both = table + table.T
+    if pairs is None:
+        pairs = [divmod(int(cell), len(both)) for cell in np.argsort(np.triu(both, 1), axis=None)[::-1][:most]]
     experts: Experts = []
     for a, b in pairs:
         if both[a, b] >= 4 and (expert := _fit_expert(base, members, target, fold, a, b, metric)) is not None:
@@ -178,7 +189,7 @@ def _fit_expert(
         if len(np.unique(target[inside])) < 2:
             return None
         held_out[held] = _pair_model(odds[inside], target[inside] == a)
-    best, chosen, before = gain(metric, base, target) + 3 / len(target), None, base
+    best, chosen, before, better = gain(metric, base, target) + 3 / len(target), None, base, base
     for margin, threshold in itertools.product((0.02, 0.05, 0.1, 0.2, 0.3), (0.3, 0.4, 0.5, 0.6, 0.7)):
         after = before.copy()
         for held, (coef, intercept) in held_out.items():
@@ -186,8 +197,9 @@ def _fit_expert(
             trial = _expert(a, b, coef, intercept, margin, threshold)
             after[rows] = apply_expert(before[rows], members[:, rows], trial)
         if (score := gain(metric, after, target)) > best:
-            best, chosen = score, (margin, threshold)
-    if chosen is None:
+            best, chosen, better = score, (margin, threshold), after
+    turned = (better.argmax(axis=1) == target).astype(int) - (before.argmax(axis=1) == target)
+    if chosen is None or turned.sum() < 2 * np.sqrt(np.abs(turned).sum()):
         return None
     return _expert(a, b, *_pair_model(odds[pair], target[pair] == a), *chosen)
 

@@ -1,6 +1,6 @@
 """The verdict on a blend: its scores with intervals, what it gains over simpler ones, and whether that is real."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,8 @@ def judge(
     metric: Metric,
     per_seed: Sequence[Array] = (),
     seed: int = 0,
+    instead: Mapping[int, Array] | None = None,
+    experts: blending.Pairs = (),
 ) -> Verdict:
     """Fit a method, cross-fit it, and compare it with the simpler choices on the same resamples.
 
@@ -67,12 +69,16 @@ def judge(
         metric: the score.
         per_seed: arrays like `members`, one for each training seed.
         seed: of the bootstrap.
+        instead: OOF in the views chosen without a fold, see `estimate.cross_fit`.
+        experts: the pairs of the last members, see `blending.fit`.
     """
-    blend = blending.fit(method, members, target, fold, None, metric)
-    cross = estimate.cross_fit(method, members, target, fold, metric)
-    rivals = {"the best single member": estimate.best_single(members, target, fold, metric)}
-    if method != "equal" and len(members) > 1:
-        rivals["equal"] = members.mean(axis=0)
+    blend = blending.fit(method, members, target, fold, None, metric, experts)
+    cross = estimate.cross_fit(method, members, target, fold, metric, instead, experts)
+    voters = members[: len(members) - len(experts)]
+    heard = {held: own[: len(voters)] for held, own in (instead or {}).items()}
+    rivals = {"the best single member": estimate.best_single(voters, target, fold, metric, heard)}
+    if (method != "equal" and len(voters) > 1) or experts:
+        rivals["equal"] = estimate.cross_fit("equal", voters, target, fold, metric, heard).values
     everyone = [cross.values, *rivals.values(), *members]
     draws = estimate.bootstrap(everyone, target, groups, metric, seed=seed)
     scores = [metric.score(values, target) for values in everyone]
@@ -104,37 +110,9 @@ def _seed_spread(blend: Blend, per_seed: Sequence[Array], target: Array, metric:
     return float(np.std([metric.score(blend.apply(members), target) for members in per_seed], ddof=1))
 
 
-def headline(verdict: Verdict, metric_name: str, outlook: Any) -> list[str]:
-    """The report's first lines: what to expect of the test images, and by how much the folds flatter.
-
-    Args:
-        verdict: from `judge`.
-        metric_name: of the verdict's score.
-        outlook: `shift.Outlook` for the test images, or None.
-    """
-    lines = []
-    if outlook is not None:
-        expected = outlook.accuracy
-        if outlook.flatter > 0.01 and expected.high < outlook.oof:
-            lines.append(
-                f"The folds flatter: cross-validation says {outlook.oof:.3f}, but expect {expected.value:.3f} on these "
-                f"test images (95 % interval {expected.low:.3f} to {expected.high:.3f}), {outlook.flatter:.3f} less."
-            )
-        else:
-            lines.append(
-                f"Expect accuracy {expected.value:.3f} on these test images (95 % interval {expected.low:.3f} to "
-                f"{expected.high:.3f}); cross-validation says {outlook.oof:.3f}."
-            )
-        lines.append("The interval covers " + ", ".join(outlook.about) + ".")
-        if outlook.distance is not None:
-            d = outlook.distance
-            lines.append(
-                f"Test against train: a classifier tells them apart with AUC {d.auc:.2f} (0.5 = not at all); a test "
-                f"image's nearest training image has similarity {d.nn_test:.3f}, a held-out image's {d.nn_held:.3f}."
-            )
-    lines.append(
-        f"{metric_name} of {verdict.blend.method}: cross-fitted {verdict.score}, apparent {verdict.apparent:.4f}."
-    )
+def told(verdict: Verdict, metric_name: str) -> list[str]:
+    """What is known of the blend from out-of-fold predictions, in words."""
+    lines = [f"{metric_name} of {verdict.blend.method}: cross-fitted {verdict.score}, apparent {verdict.apparent:.4f}."]
     lines += [f"{gain}." for gain in verdict.gains]
     if np.isnan(verdict.seed_spread):
         lines.append("One training seed: the intervals leave out what another seed would have given.")

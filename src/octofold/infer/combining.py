@@ -20,7 +20,8 @@ class Blend:
         rule: row of `RULES` that applies it.
         weights: ``(M,)`` float64, each member's share, >= 0, summing to 1. For rules that are not an average
             (stack, hard_vote) a description, not the whole truth.
-        params: whatever else the rule needs; lists and numbers only.
+        params: whatever else the rule needs; lists and numbers only. ``voters``: the rule hears only so many first
+            members, the others are pair experts. ``experts``: speak after the rule (see `apply_expert`).
     """
 
     method: str
@@ -31,11 +32,16 @@ class Blend:
     def apply(self, members: Array) -> npt.NDArray[np.float32]:
         """Blend ``(M, N, K)`` probabilities (rows of the result sum to 1) or ``(M, N, P, 2)`` points."""
         parts = [
-            RULES[self.rule](np.asarray(members[:, i : i + 8192], np.float64), self)
-            for i in range(0, members.shape[1], 8192)
+            self._piece(np.asarray(members[:, i : i + 8192], np.float64)) for i in range(0, members.shape[1], 8192)
         ]
         shape = (0, *members.shape[2:])
         return np.concatenate(parts).astype(np.float32) if parts else np.zeros(shape, np.float32)
+
+    def _piece(self, members: Array) -> Array:
+        blended = RULES[self.rule](members[: self.params.get("voters")], self)
+        for expert in self.params.get("experts", ()):
+            blended = apply_expert(blended, members, expert)
+        return blended
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON."""
@@ -48,11 +54,11 @@ class Blend:
 
 
 def _linear(members: Array, blend: Blend) -> Array:
-    return np.tensordot(blend.weights, members, axes=1)
+    return np.tensordot(blend.weights[: len(members)], members, axes=1)
 
 
 def _geometric(members: Array, blend: Blend) -> Array:
-    return softmax(np.tensordot(blend.weights, np.log(members.clip(TINY)), axes=1))
+    return softmax(np.tensordot(blend.weights[: len(members)], np.log(members.clip(TINY)), axes=1))
 
 
 def _rank(members: Array, blend: Blend) -> Array:
@@ -60,7 +66,7 @@ def _rank(members: Array, blend: Blend) -> Array:
     knots = np.array(blend.params["knots"])  # (M, K, Q)
     level = np.linspace(0, 1, knots.shape[2])
     mean = np.zeros(members.shape[1:])
-    for member, share in enumerate(blend.weights):
+    for member, share in enumerate(blend.weights[: len(members)]):
         for column in range(members.shape[2]):
             mean[:, column] += share * np.interp(members[member, :, column], knots[member, column], level)
     return _rows_to_one(mean + TINY)
@@ -90,14 +96,6 @@ def _stack(members: Array, blend: Blend) -> Array:
     features = stack_features(members)
     scaled = (features - np.array(blend.params["mean"])) / np.array(blend.params["spread"])
     return softmax(scaled @ np.array(blend.params["coef"]).T + np.array(blend.params["intercept"]))
-
-
-def _gate(members: Array, blend: Blend) -> Array:
-    """Weighted average; where a known pair leads by a small margin, its expert divides their probability anew."""
-    base = _linear(members, blend)
-    for expert in blend.params["experts"]:
-        base = apply_expert(base, members, expert)
-    return base
 
 
 def apply_expert(base: Array, members: Array, expert: dict[str, Any]) -> Array:
@@ -159,5 +157,5 @@ RULES: dict[str, Callable[[Array, Blend], Array]] = {
     "biased": _biased,
     "classwise": _classwise,
     "stack": _stack,
-    "gate": _gate,
+    "gate": _linear,  # and then its experts, as after any rule
 }

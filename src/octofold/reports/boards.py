@@ -74,11 +74,12 @@ def _score(info: Any) -> Score:
     def number(name: str) -> float:
         return float(info.metrics.get(name, math.nan))
 
+    judged_by = [f"estimate/{name}" for name in (info.tags.get("metric", "accuracy"), "accuracy", "mse")]
     return Score(
         submission=info.tags.get("submission_file", info.name),
         public=number(PUBLIC),
         private=number(PRIVATE),
-        estimate=number("estimate/accuracy") if "estimate/accuracy" in info.metrics else number("estimate/mse"),
+        estimate=next((number(key) for key in judged_by if key in info.metrics), math.nan),
         low=number("estimate/low"),
         high=number("estimate/high"),
         date=info.tags.get("score.date", ""),

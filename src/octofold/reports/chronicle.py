@@ -65,6 +65,12 @@ class Blended:
         """The first of these metrics that the run has, or NaN."""
         return next((self.numbers[name] for name in names if name in self.numbers), float("nan"))
 
+    def expected(self, metric: str) -> dict[str, float]:
+        """What the blend expected of the test images in a metric; no interval where it was judged by another."""
+        ends = ("estimate/low", "estimate/high") if self.tags.get("metric", metric) == metric else ("", "")
+        low, high = (self.number(end) for end in ends)
+        return {"estimate": self.number(f"estimate/{metric}"), "estimate/low": low, "estimate/high": high}
+
 
 @dataclass(frozen=True)
 class Tuned:

@@ -116,12 +116,7 @@ def headline(facts: Facts, table: dict[str, tuple[float, Array]]) -> dict[str, A
     name = facts.metric_name
     found: dict[str, Any] = {"members": float(len(facts.members)), "samples": float(len(facts.manifest.table))}
     if main is not None:
-        found |= {
-            "estimate": main.number(f"estimate/{name}", "estimate/accuracy"),
-            "estimate/low": main.number("estimate/low"),
-            "estimate/high": main.number("estimate/high"),
-            "oof": main.number(f"oof/{name}"),
-        }
+        found |= main.expected(name) | {"oof": main.number(f"oof/{name}")}
     elif table:
         sign = 1 if facts.metric.higher_is_better else -1
         found["oof"] = max((score for score, _ in table.values()), key=lambda score: sign * score)
@@ -147,8 +142,7 @@ def leaderboard(facts: Facts, table: dict[str, tuple[float, Array]]) -> list[Lin
                 + (f", newest of {alike[_kind(blended)]} runs" if alike[_kind(blended)] > 1 else ""),
                 when=blended.when,
                 note="" if same else "another data version",
-                extra={key: blended.number(key) for key in ("estimate/low", "estimate/high")}
-                | {"estimate": blended.number(f"estimate/{name}", "estimate/accuracy")},
+                extra=blended.expected(name),
             )
         )
     for member in facts.members:
@@ -199,10 +193,10 @@ def progress(facts: Facts, table: dict[str, tuple[float, Array]]) -> dict[str, A
     for blended in facts.blends:
         if blended.manifest_hash == facts.manifest.hash and math.isfinite(blended.number(f"oof/{name}")):
             points["blend"].append((blended.when, blended.number(f"oof/{name}")))
-        value = blended.number(f"estimate/{name}", "estimate/accuracy")
+        value, low, high = blended.expected(name).values()
         if math.isfinite(value):
             points["estimate"].append((blended.when, value))
-            whiskers.append((blended.when, blended.number("estimate/low"), blended.number("estimate/high")))
+            whiskers += [(blended.when, low, high)] if math.isfinite(low) else []
         for key in ("score/public", "score/private"):
             if math.isfinite(blended.number(key)):
                 points["recorded"].append((blended.when, blended.number(key)))

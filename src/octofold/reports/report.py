@@ -12,8 +12,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from octofold.commands import Report
 from octofold.data import manifest
+from octofold.errors import UserError
 from octofold.files import ROOT, write_text
-from octofold.metrics import METRICS
+from octofold.metrics import METRICS, adopt
 from octofold.reports import advice, boards, chronicle
 from octofold.reports.page import Facts, analyse
 from octofold.track import tracking
@@ -47,6 +48,16 @@ def render(page: dict[str, Any]) -> str:
     return environment.get_template("report.html").render(page)
 
 
+def _metric(config: Report, main: chronicle.Blended | None, task: str) -> str:
+    """The metric asked for, else the newest blend's (if its file is still there), else the task's own."""
+    if config.metric:
+        return adopt(config.metric, task)
+    try:
+        return adopt(main.settings.get("metric", "") if main else "", task)
+    except UserError:
+        return "accuracy" if task == "classify" else "mse"
+
+
 def collect(config: Report) -> Facts:
     """Read the competition back from MLflow.
 
@@ -56,9 +67,7 @@ def collect(config: Report) -> Facts:
     table = manifest.read(config.manifest or ROOT / "data" / config.competition / "manifest.csv")
     blends = chronicle.blends(config.competition)
     main = next((blended for blended in reversed(blends) if blended.manifest_hash == table.hash), None)
-    name = config.metric or (main.settings.get("metric", "") if main else "")
-    name = name if name in METRICS and METRICS[name].task == table.task else ""
-    name = name or ("accuracy" if table.task == "classify" else "mse")
+    name = _metric(config, main, table.task)
     views = chronicle.common_views(config.competition, main.views if main else "")
     oof = chronicle.blend_oof(main, table) if main else None
     return Facts(

@@ -1,0 +1,108 @@
+"""Forecast: what to expect of a blend on the test images themselves, and what their two boards may make of it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from octofold.blend import lineup, rehearsal, shakeup, shift, verdict
+from octofold.blend.estimate import Interval
+from octofold.blend.lineup import Lineup, Spoken
+from octofold.blend.nearness import Near
+from octofold.blend.shift import Outlook
+from octofold.blend.verdict import Verdict
+from octofold.commands import Blend
+from octofold.data.images import PixelSpec, load, square
+from octofold.data.manifest import Manifest
+from octofold.files import ROOT
+from octofold.metrics import METRICS, Metric
+from octofold.nets import embedding
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is expected on the test images, in the metric the blend is judged by.
+
+    Attributes:
+        name: of the metric.
+        score: with its 95 % interval.
+        outlook: the estimate of accuracy it is, or was derived from.
+    """
+
+    name: str
+    score: Interval
+    outlook: Outlook
+
+    def told(self, judged: Verdict) -> list[str]:
+        """The report's first lines: what to expect, by how much the folds flatter, and what the interval covers."""
+        metric, score = METRICS[self.name], self.score
+        flatter = metric.sign * (judged.score.value - score.value)
+        worst = score.high if metric.higher_is_better else score.low
+        change = "less" if metric.higher_is_better else "more"
+        if flatter > 0.01 and metric.sign * (judged.score.value - worst) > 0:
+            lines = [
+                f"The folds flatter: cross-validation says {judged.score.value:.3f}, but expect {score.value:.3f} on "
+                f"these test images (95 % interval {score.low:.3f} to {score.high:.3f}), {flatter:.3f} {change}."
+            ]
+        else:
+            lines = [
+                f"Expect {self.name} {score.value:.3f} on these test images (95 % interval {score.low:.3f} to "
+                f"{score.high:.3f}); cross-validation says {judged.score.value:.3f}."
+            ]
+        if self.name != "accuracy":
+            accuracy = self.outlook.accuracy
+            lines.append(
+                f"Shift is estimated for accuracy alone, {accuracy.value:.3f} ({accuracy.low:.3f} to "
+                f"{accuracy.high:.3f}); {self.name} follows from it by drawing labels that fit. Trust it less."
+            )
+        return [*lines, "The interval covers " + ", ".join(self.outlook.about) + "."]
+
+
+def forecast(judged: Verdict, members: Lineup, said: Spoken, near: Near | None, name: str, seed: int = 0) -> Forecast:
+    """Estimate the accuracy on the test images themselves, and from it whatever metric is asked for."""
+    parts = list(lineup.by_fold(members, said.votes).values())
+    folds = [judged.blend.apply(part) for part in parts]
+    error = judged.standard_error
+    if name != "accuracy":
+        error = verdict.standard_error(judged.cross.values, members.rows, METRICS["accuracy"])
+    slope = rehearsed(members.rows) if near is not None else shift.SURENESS
+    voters = slice(0, members.voters)
+    outlook = shift.foresee(
+        judged.cross.values, members.rows.target, folds, error, near.distance if near is not None else None,
+        (members.oof[voters], [part[voters] for part in parts]), slope,
+    )  # fmt: skip
+    score = outlook.accuracy if name == "accuracy" else shift.derived(said.final, outlook, METRICS[name], seed=seed)
+    return Forecast(name, score, outlook)
+
+
+def rehearsed(rows: Manifest, most: int = 3000) -> float:
+    """Return how fast accuracy falls with confidence on these photos, by `rehearsal.rehearse`.
+
+    The embedding knows nothing of the labels: ImageNet's where `prepare` could use it (then it is cached), else pixels.
+    """
+    some = rows.take(np.linspace(0, len(rows.table) - 1, min(most, len(rows.table))).astype(int))
+    sized = {"width", "height"} <= set(some.table)
+    sides = some.table[["width", "height"]].min(axis=1).to_numpy() if sized else np.zeros(0)
+    name = embedding.choose(sides)
+    tiny = np.zeros((len(some.table), 0), np.uint8)
+    if name == "pixels":
+        tiny = np.stack([square(load(path, PixelSpec(16, "squash"))[0], 16).reshape(-1) for path in some.paths])
+    folder = ROOT / "data" / rows.competition / "cache"
+    features, _ = embedding.embed_or_pixels(name, some.sample_ids.tolist(), some.paths, tiny, folder)
+    return rehearsal.rehearse(features, some.target)
+
+
+def shaken(
+    config: Blend, members: Lineup, judged: Verdict, said: Spoken, expected: Forecast, metric: Metric
+) -> list[str]:
+    """Play the public and the private board for the submissions that could be made from these members."""
+    chance = shift.calibrated(said.final, expected.outlook.accuracy.value)
+    voters = members.names[: members.voters]
+    best = int(np.argmax([metric.sign * judged.members[name].value for name in voters]))
+    candidates = {judged.blend.method: said.final}
+    if len(voters) > 1:
+        candidates |= {"equal": said.members[: len(voters)].mean(axis=0)} if judged.blend.method != "equal" else {}
+        candidates[voters[best]] = said.members[best]
+    worlds = shakeup.draw(
+        list(candidates.values()), list(candidates), chance, metric, config.public_share, reps=400, seed=config.seed
+    )
+    return shakeup.told(worlds, config.public_share)
