@@ -195,6 +195,20 @@ def test_a_base_recipe_that_fails_stops_the_study_and_is_tried_again(tmp_path: P
 
 
 @pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("postgresql://a:b@db/mlflow", "postgresql+psycopg://c@db/mlflow", True),
+        ("postgresql://a@db/mlflow", "postgresql://a@db/studies", False),
+        ("sqlite:////x/mlflow.db", "sqlite:////x/mlflow.db", True),
+        ("sqlite:////x/optuna.db", "http://127.0.0.1:5000", False),
+        ("no url", "no url", False),
+    ],
+)
+def test_a_study_does_not_share_mlflows_database(one: str, other: str, same: bool) -> None:
+    assert studies.same_database(one, other) is same
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"ranges": {"optim.lr": {"low": 1e-4, "high": 1e-2}}}, "another space"),

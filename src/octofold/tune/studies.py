@@ -7,6 +7,7 @@ out again under a new number, with its values, its notes (run ids) and the score
 import contextlib
 import fcntl
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,8 +26,9 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from octofold import plots
 from octofold.config import build
 from octofold.errors import UserError, preview
+from octofold.files import ROOT
 from octofold.recipe import Recipe
-from octofold.track import provenance
+from octofold.track import provenance, store
 from octofold.tune.space import Knob
 from octofold.tune.trials import NOT_BASE, Plan, Record, winner
 
@@ -44,6 +46,33 @@ def quiet() -> Iterator[None]:
         warnings.simplefilter("ignore", ExperimentalWarning)
         warnings.simplefilter("ignore", RuntimeWarning)
         yield
+
+
+def address(given: str = "") -> str:
+    """Return the storage's URL: the one given, ``OCTOFOLD_STORAGE``, or sqlite in the project's ``mlruns/``.
+
+    Raises:
+        UserError: it is MLflow's own database.
+    """
+    url = given or os.environ.get("OCTOFOLD_STORAGE") or f"sqlite:///{ROOT / 'mlruns' / 'optuna.db'}"
+    if same_database(url, store.uri()):  # both keep their schema's version in one table of the same name
+        raise UserError(
+            "storage", expected="a database of its own", got="the one that MLflow keeps its runs in",
+            fix="createdb studies, and postgresql://…/studies as --storage or OCTOFOLD_STORAGE",
+        )  # fmt: skip
+    return url
+
+
+def same_database(one: str, other: str) -> bool:
+    """Tell whether two URLs name one database, by whatever driver and user."""
+    try:
+        first, second = make_url(one), make_url(other)
+    except ArgumentError:
+        return False
+    return (
+        all(getattr(first, part) == getattr(second, part) for part in ("host", "port", "database"))
+        and first.get_backend_name() == second.get_backend_name()
+    )
 
 
 def open_storage(url: str) -> RDBStorage:

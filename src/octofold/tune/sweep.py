@@ -7,7 +7,6 @@ it had. Nothing of a trial is registered: only the recipe that wins is worth tra
 import csv
 import io
 import logging
-import os
 import re
 import shutil
 import time
@@ -62,7 +61,7 @@ def tune(config: Tune) -> dict[str, Any]:
     table = manifest.read(config.manifest)
     plan = plan_of(config, table)
     name = name_of(config, table)
-    storage = studies.open_storage(_url(config))
+    storage = studies.open_storage(studies.address(config.storage))
     tracking.client()  # unreachable? then say so before a trial is given out
     study = studies.open_study(name, storage, plan)
     for known in config.warm_start:
@@ -97,7 +96,7 @@ def work(settings: dict[str, Any], parent_id: str, worker: int) -> str:
     config = Tune.model_validate(settings)
     table = manifest.read(config.manifest)
     plan = plan_of(config, table)
-    study = studies.open_study(name_of(config, table), studies.open_storage(_url(config)), plan)
+    study = studies.open_study(name_of(config, table), studies.open_storage(studies.address(config.storage)), plan)
     return _search(config, table, plan, study, parent_id, worker)
 
 
@@ -117,10 +116,6 @@ def _sweep(config: Tune, table: Manifest, plan: Plan, study: Any, parent: tracki
 def name_of(config: Tune, table: Manifest) -> str:
     """Return the study's name."""
     return config.study or f"{table.competition}.{config.config.stem}"
-
-
-def _url(config: Tune) -> str:
-    return config.storage or os.environ.get("OCTOFOLD_STORAGE") or f"sqlite:///{ROOT / 'mlruns' / 'optuna.db'}"
 
 
 def plan_of(config: Tune, table: Manifest) -> Plan:
