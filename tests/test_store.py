@@ -45,6 +45,12 @@ def test_nobody_there_is_told_at_once(address: str) -> None:
     assert "hidden" not in str(error.value)
 
 
+def test_a_slash_in_a_password_is_told_without_it() -> None:
+    with pytest.raises(UserError, match="%2F") as error:
+        store.check_reachable("postgresql://me:hid/den@db/x")
+    assert "hid" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

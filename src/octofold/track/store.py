@@ -75,7 +75,15 @@ def check_reachable(store: str) -> None:
     address = urlsplit(store)
     if not address.hostname:
         return
-    port = address.port or _PORTS.get(address.scheme.split("+")[0], 443)
+    try:
+        port = address.port or _PORTS.get(address.scheme.split("+")[0], 443)
+    except ValueError:  # its text shows what it took for a port
+        raise UserError(
+            f"MLFLOW_TRACKING_URI={redact(store)}",
+            expected="scheme://user:password@host:port/…",
+            got="a port that is no number",
+            fix="in a password write / as %2F, @ as %40, : as %3A",
+        ) from None
     try:
         socket.create_connection((address.hostname, port), timeout=5).close()
     except OSError as error:
