@@ -71,7 +71,8 @@ def go(
         assert done.get_status() == "FINISHED", said.err
         result: dict[str, Any] = json.loads(said.out.strip().splitlines()[-1])
         logged = mlflow.MlflowClient().get_run(done.run_id)
-        assert result["run_id"] == done.run_id
+        assert result["run_id"] == logged.data.tags.get("continued_in", done.run_id)
+        logged = mlflow.MlflowClient().get_run(result["run_id"])
         assert logged.data.tags["entry"] == {"main": "train"}.get(entry, entry)
         assert any(key.startswith("cfg.") for key in logged.data.params)
         assert logged.info.status == "FINISHED"

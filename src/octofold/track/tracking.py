@@ -28,6 +28,7 @@ from octofold.track.spool import Note, Spool
 from octofold.track.store import adopt, artifact_root, check_reachable, database, lock_file, locked, pages, uri
 
 log = logging.getLogger("octofold")
+_MOVED = "was it deleted, or mlruns/ moved? `relocate` mends a moved folder"
 _SPOOL = ROOT / "mlruns" / "spool"
 # MLflow's defaults wait four minutes for a server that is not there; during training the spool waits instead.
 _SETTINGS = {"HTTP_REQUEST_MAX_RETRIES": "2", "HTTP_REQUEST_BACKOFF_FACTOR": "1", "HTTP_REQUEST_TIMEOUT": "60"}
@@ -323,6 +324,8 @@ def run(
     given = {"competition": competition, "entry": entry, **identity(), **git_tags(), **(tags or {})}
     labels, name = {key: redact(str(value)) for key, value in given.items()}, redact(name or entry)
     current = patiently(lambda: _open(client(), competition, name, labels, parent, resume_id or adopted))
+    if adopted and resume_id:  # what `mlflow run` opened stays empty and points to the run that goes on
+        client().set_tag(adopted, "continued_in", resume_id)
     made = Run(current.info.run_id, competition, current.info.artifact_uri, current.info.experiment_id)
     try:
         made.set_tags(labels)
@@ -381,14 +384,10 @@ def fetch_uri(address: str, what: str) -> Path:
     try:
         local = Path(patiently(lambda: download_artifacts(artifact_uri=address)))
     except (MlflowException, OSError, requests.RequestException) as error:
-        raise UserError(
-            what,
-            expected=f"in {redact(uri())}",
-            got=redact(str(error)).splitlines()[0][:300],
-            fix="was it deleted, or mlruns/ moved? `relocate` mends a moved folder",
-        ) from error
+        got = redact(str(error)).splitlines()[0][:300]
+        raise UserError(what, expected=f"in {redact(uri())}", got=got, fix=_MOVED) from error
     if not local.exists():
-        raise UserError(what, got=f"nothing at {local}", fix="was mlruns/ moved? `relocate` mends that")
+        raise UserError(what, got=f"nothing at {local}", fix=_MOVED)
     return local
 
 
