@@ -235,11 +235,12 @@ def test_wilson_bars_and_confusions_add_up() -> None:
     assert wrong["errors"] == int((probs.argmax(axis=1) != target).sum()) == sum(count for *_, count in wrong["pairs"])
 
 
-def test_a_metric_of_the_other_task_falls_back_and_a_missing_manifest_is_told(
+def test_a_metric_of_the_other_task_and_a_missing_manifest_are_told(
     world: tuple[Manifest, dict[str, Predictions]], tmp_path: Path
 ) -> None:
     table, _ = world
-    asked = Report(competition="world", manifest=table.file, metric="mse")
-    assert report.collect(asked).metric_name == "accuracy"
+    assert report.collect(Report(competition="world", manifest=table.file)).metric_name == "accuracy"
+    with pytest.raises(UserError, match="metric 'mse'"):
+        report.collect(Report(competition="world", manifest=table.file, metric="mse"))
     with pytest.raises(UserError, match="manifest"):
         report.collect(Report(competition="world", manifest=tmp_path / "none.csv"))

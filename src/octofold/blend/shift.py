@@ -171,6 +171,7 @@ class Outlook:
         parts: the figures it was made of, by name.
         distance: test against train, or None without embeddings.
         about: what the interval covers, in words.
+        surely: probability that the accuracy counted on the test images is below `oof`.
     """
 
     accuracy: Interval
@@ -178,6 +179,7 @@ class Outlook:
     parts: dict[str, float]
     distance: Distance | None = None
     about: list[str] = field(default_factory=list)
+    surely: float = 0.5
 
     @property
     def flatter(self) -> float:
@@ -233,13 +235,16 @@ def foresee(
         pace = AGREEMENT * np.sqrt(slope / SURENESS)
         signals = [Signal(slope / 2, sure, sure_test), Signal(pace / 2, agreement(members[0]), agreed)]
     fall = _shrunk_fall(signals)
-    low, high = _bounds(accuracy, spread, len(target), fall, blindness(fall, distance), tests)
+    counted = _counted(accuracy, spread, len(target), fall, blindness(fall, distance), tests)
+    low, high = (float(end) for end in np.quantile(counted, [0.025, 0.975]))
+    surely = float((counted < accuracy).mean() + 0.5 * (counted == accuracy).mean())
     parts = {"oof": accuracy, "temperature": 1 / power, "confidence": float(sure_test.mean()), "slope": slope}
     parts["atc"] = float(np.mean([atc(oof, target, part) for part in test_by_fold]))
     if len(signals) > 1:
         parts |= {
             f"agreement_{name}": float(rows.mean()) for name, rows in zip(("oof", "test"), signals[1][1:], strict=True)
         }
+    parts["folds_flatter"] = surely
     if distance is not None:
         parts |= {
             "adversarial_auc": distance.auc,
@@ -247,7 +252,7 @@ def foresee(
             "nn_similarity_test": distance.nn_test,
         }
     covers = ["sampling of groups", f"the {tests} test images", "shift that confidence and agreement do not show"]
-    return Outlook(Interval(float(ndtr(level(accuracy) + fall)), low, high), accuracy, parts, distance, covers)
+    return Outlook(Interval(float(ndtr(level(accuracy) + fall)), low, high), accuracy, parts, distance, covers, surely)
 
 
 def _shrunk_fall(signals: Sequence[Signal]) -> float:
@@ -269,10 +274,10 @@ def blindness(fall: float, distance: Distance | None) -> tuple[float, float]:
     return float(np.hypot(min(scatter, 0.4), BLINDNESS * apart)), min(scatter, 0.3)
 
 
-def _bounds(
+def _counted(
     accuracy: float, spread: float, rows: int, fall: float, blind: tuple[float, float], tests: int, draws: int = 20_000
-) -> tuple[float, float]:
-    """95 % of the accuracies that may be counted on so many test images.
+) -> Array:
+    """Draw accuracies that may be counted on so many test images.
 
     Drawn, because near 1 nothing is normal any more: the cross-fitted accuracy from the beta distribution of as many
     independent rows as its standard error is worth (Jeffreys' prior), what the signals do not see on the probit scale,
@@ -283,8 +288,7 @@ def _bounds(
     start = ndtri(rng.beta(worth * accuracy + 0.5, worth * (1 - accuracy) + 0.5, draws))
     unseen = rng.standard_normal(draws)
     share = ndtr(start + fall + unseen * np.where(unseen < 0, *blind))
-    low, high = np.quantile(rng.binomial(tests, share) / tests, [0.025, 0.975])
-    return float(low), float(high)
+    return np.asarray(rng.binomial(tests, share) / tests)
 
 
 def agreement(members: Array) -> Array:

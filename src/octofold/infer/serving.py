@@ -113,30 +113,10 @@ def write_blend(
     shutil.rmtree(folder, ignore_errors=True)
     members, cards = [], []
     for member, own in slots.items():
-        parts = np.asarray(shares[member], dtype=np.float64)
-        if parts.shape != (len(own),) or (parts < 0).any() or not np.isclose(parts.sum(), 1, atol=1e-6):
-            raise UserError(f"bag of member '{member}'", expected=f"{len(own)} shares that sum to 1", got=str(parts))
-        entries = []
-        for slot, share in zip(own, parts.tolist(), strict=True):
-            place = f"slots/{slot.name}.v{slot.version}"
-            source = fetch(slot)
-            cards.append(read_card(source))
-            (folder / place).mkdir(parents=True)
-            for file in ("model.safetensors", "model.json"):
-                shutil.copyfile(source / file, folder / place / file)
-            entries.append(
-                {
-                    "folder": place,
-                    "share": share,
-                    "model_sha": cards[-1].model_sha,
-                    "name": slot.name,
-                    "version": slot.version,
-                    "run_id": slot.run_id,
-                    "fold": slot.fold,
-                    "seed": slot.seed,
-                    "manifest_hash": slot.manifest_hash,
-                }  # fmt: skip
-            )
+        entries = [
+            _gather_slot(folder, slot, share) for slot, share in zip(own, _bag(member, own, shares), strict=True)
+        ]
+        cards += [read_card(folder / entry["folder"]) for entry in entries]
         members.append({"name": member, "slots": entries})
     first = cards[0]
     odd = [card.member for card in cards if (card.task, set(card.classes)) != (first.task, set(first.classes))]
@@ -144,21 +124,47 @@ def write_blend(
         raise UserError(
             f"blend {name}", expected=f"one task and class set, as {first.member}", got=f"others: {preview(odd)}"
         )
-    write_json(
-        folder / "blend.json",
-        {
-            "name": name,
-            "competition": first.competition,
-            "task": first.task,
-            "classes": list(first.classes),
-            "views": views,
-            "manifest_hash": manifest_hash,
-            "members": members,
-            "combine": blend.to_dict(),
-            "extra": dict(extra or {}),
-        },  # fmt: skip
-    )
+    about = {
+        "name": name,
+        "competition": first.competition,
+        "task": first.task,
+        "classes": list(first.classes),
+        "views": views,
+        "manifest_hash": manifest_hash,
+        "members": members,
+        "combine": blend.to_dict(),
+        "extra": dict(extra or {}),
+    }
+    write_json(folder / "blend.json", about)
     return folder
+
+
+def _bag(member: str, own: Sequence[Slot], shares: Mapping[str, Sequence[float]]) -> list[float]:
+    """The shares of a member's fold models, checked."""
+    parts = np.asarray(shares[member], dtype=np.float64)
+    if parts.shape != (len(own),) or (parts < 0).any() or not np.isclose(parts.sum(), 1, atol=1e-6):
+        raise UserError(f"bag of member '{member}'", expected=f"{len(own)} shares that sum to 1", got=str(parts))
+    found: list[float] = parts.tolist()
+    return found
+
+
+def _gather_slot(folder: Path, slot: Slot, share: float) -> dict[str, Any]:
+    """Copy a fold model's weights and card into a blend's folder; return its entry."""
+    place, source = f"slots/{slot.name}.v{slot.version}", fetch(slot)
+    (folder / place).mkdir(parents=True)
+    for file in ("model.safetensors", "model.json"):
+        shutil.copyfile(source / file, folder / place / file)
+    return {
+        "folder": place,
+        "share": share,
+        "model_sha": read_card(source).model_sha,
+        "name": slot.name,
+        "version": slot.version,
+        "run_id": slot.run_id,
+        "fold": slot.fold,
+        "seed": slot.seed,
+        "manifest_hash": slot.manifest_hash,
+    }
 
 
 def pack_slot(model_folder: Path | str, scratch: Path | str) -> Path:

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from octofold.blend.forecast import WARN
 from octofold.files import ROOT
 
 
@@ -63,7 +64,7 @@ def _flatter(page: dict[str, Any], facts: Any) -> Step | None:
     if not facts.metric.higher_is_better or "estimate" not in shown:
         return None
     flatters = shown["oof"] - shown["estimate"]
-    if not (math.isfinite(flatters) and flatters > 0.01 and shown["estimate/high"] < shown["oof"]):
+    if not (math.isfinite(flatters) and flatters > 0.01 and shown["folds_flatter"] > WARN):
         return None
     return Step(
         "Do not choose by OOF alone",

@@ -69,7 +69,12 @@ class Blended:
         """What the blend expected of the test images in a metric; no interval where it was judged by another."""
         ends = ("estimate/low", "estimate/high") if self.tags.get("metric", metric) == metric else ("", "")
         low, high = (self.number(end) for end in ends)
-        return {"estimate": self.number(f"estimate/{metric}"), "estimate/low": low, "estimate/high": high}
+        return {
+            "estimate": self.number(f"estimate/{metric}"),
+            "estimate/low": low,
+            "estimate/high": high,
+            "folds_flatter": self.number("shift/folds_flatter"),
+        }
 
 
 @dataclass(frozen=True)

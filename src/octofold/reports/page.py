@@ -193,7 +193,7 @@ def progress(facts: Facts, table: dict[str, tuple[float, Array]]) -> dict[str, A
     for blended in facts.blends:
         if blended.manifest_hash == facts.manifest.hash and math.isfinite(blended.number(f"oof/{name}")):
             points["blend"].append((blended.when, blended.number(f"oof/{name}")))
-        value, low, high = blended.expected(name).values()
+        value, low, high, _ = blended.expected(name).values()
         if math.isfinite(value):
             points["estimate"].append((blended.when, value))
             whiskers += [(blended.when, low, high)] if math.isfinite(low) else []
