@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from sklearn.cluster import DBSCAN
+from sklearn.neighbors import NearestNeighbors
 
 from octofold.clean import suspicion
 
@@ -88,6 +90,33 @@ def test_nearest_is_exact_in_blocks(rows: int) -> None:
     assert not (found == np.arange(rows)[:, None]).any(), "nobody is his own neighbour"
     shares = suspicion.votes(found, near, np.zeros(rows, np.int64), 3)
     np.testing.assert_allclose(shares.sum(axis=1), 1)
+
+
+def test_neighbours_in_cells_are_nearly_all_and_never_wrong() -> None:
+    rng = np.random.default_rng(0)
+    scenes = rng.normal(size=(150, 24))
+    unit = suspicion.normalise(np.repeat(scenes, 20, axis=0) + 0.6 * rng.normal(size=(3000, 24)))
+    rows, near = suspicion.nearest(unit, 10, exact=100)
+    exact, best = suspicion.nearest(unit, 10)
+    np.testing.assert_allclose(near, (unit[rows] * unit[:, None]).sum(axis=2), atol=1e-5)
+    assert not (rows == np.arange(3000)[:, None]).any()
+    assert (np.sort(rows, axis=1)[:, 1:] != np.sort(rows, axis=1)[:, :-1]).all()
+    found = np.mean([len(set(a) & set(b)) for a, b in zip(rows.tolist(), exact.tolist(), strict=True)]) / 10
+    assert found > 0.95
+    assert (best - near).max() < 0.5
+    same = np.ones((500, 4)) / 2
+    assert suspicion.nearest(same, 7, exact=100)[0].shape == (500, 7)
+
+
+def test_stray_is_what_dbscan_calls_noise() -> None:
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        sizes = rng.choice([0.1, 0.5, 2.0], 200)[:, None]
+        unit = suspicion.normalise(rng.normal(size=(4, 6))[rng.integers(0, 4, 200)] + sizes * rng.normal(size=(200, 6)))
+        distance = NearestNeighbors(n_neighbors=4).fit(unit).kneighbors()[0]
+        theirs = DBSCAN(eps=2 * np.median(distance[:, -1]), min_samples=4).fit_predict(unit) < 0
+        ours = suspicion.stray(unit, np.zeros(200, np.int64))
+        assert (ours != theirs).sum() <= 1, "rounding at the radius alone"
 
 
 def test_silence_is_no_suspicion() -> None:
