@@ -80,7 +80,7 @@ def check_reachable(store: str) -> None:
     except ValueError:  # its text shows what it took for a port
         raise UserError(
             f"MLFLOW_TRACKING_URI={redact(store)}",
-            expected="scheme://user:password@host:port/…",
+            expected="scheme://user@host:port/…",
             got="a port that is no number",
             fix="in a password write / as %2F, @ as %40, : as %3A",
         ) from None
