@@ -50,6 +50,23 @@ def test_near_pairs_equal_brute_force() -> None:
     assert len(got) > 100
 
 
+def test_alike_pairs_are_exact_and_nearly_all() -> None:
+    rng = np.random.default_rng(0)
+    scene = rng.standard_normal((700, 64)).astype(np.float32)
+    rows = np.concatenate([scene, scene[:400] + rng.uniform(0, 0.7, (400, 1)).astype(np.float32) * scene[::-1][:400]])
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    similarity = np.triu(rows @ rows.T, 1)
+    wanted = {(i, j) for i, j in zip(*np.nonzero(similarity >= neighbours.ALIKE), strict=True)}
+    found, near = neighbours.alike_pairs(rows)
+    got = set(map(tuple, found.tolist()))
+    assert got <= wanted
+    assert len(got) >= 0.98 * len(wanted) > 200
+    assert np.allclose(near, similarity[found[:, 0], found[:, 1]], atol=1e-5)
+    assert (np.diff(near) <= 0).all()
+    for few in range(3):
+        assert neighbours.alike_pairs(rows[:few])[0].shape == (0, 2)
+
+
 def test_a_thousand_blank_images_are_one_group_without_all_pairs() -> None:
     phash, tiny = np.zeros(5000, np.uint64), np.zeros((5000, 12), np.uint8)
     pairs = neighbours.near_pairs(phash, tiny)

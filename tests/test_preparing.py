@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image, ImageOps
 
 from conftest import House
 from octofold.commands import Prepare
@@ -216,12 +217,37 @@ def test_command_on_real_photos(house: House, grocery15: Path) -> None:
     result = house.run(
         "prepare", "--competition", "grocery15", "--images", grocery15 / "train", "--labels", grocery15 / "train.csv",
         "--test_images", grocery15 / "test", "--sample_submission", grocery15 / "sample_submission.csv",
-        "--group", "product", "--folds", 3,
+        "--group", "product", "--folds", 3, "--twins", "false",
     ).result  # fmt: skip
     train, test = manifests.read(result["manifest"]), manifests.read(result["test"])
     assert (len(train.table), len(test.table), len(train.classes)) == (1407, 1226, 15)
     assert train.table.groupby("product")["fold"].nunique().max() == 1
     assert [json.loads(names)[0] for names in test.table["names"]][:2] == ["test_00000.jpg", "test_00001.jpg"]
+
+
+@pytest.mark.real
+def test_a_mirrored_photo_is_found_by_its_embedding_and_kept_in_one_fold(tmp_path: Path, grocery15: Path) -> None:
+    table = pd.read_csv(grocery15 / "train.csv").iloc[::60].head(20)
+    (tmp_path / "p").mkdir()
+    rows = []
+    for name, label in zip(table["image"], table["label"], strict=True):
+        photo = Image.open(grocery15 / "train" / name)
+        for prefix, picture in (("", photo), ("m", ImageOps.mirror(photo))):
+            picture.save(tmp_path / "p" / f"{prefix}{Path(name).name}", quality=90)
+            rows.append((f"{prefix}{Path(name).name}", label))
+    pd.DataFrame(rows, columns=["image", "label"]).to_csv(tmp_path / "l.csv", index=False)
+    found = preparing.prepare(config(tmp_path, labels=tmp_path / "l.csv", folds=2))
+    twins = found.problems[found.problems["kind"] == "near-duplicate (embedding)"]
+    assert len(twins) >= 18
+    assert set(twins["action"]) == {"kept"}
+    assert len(found.twins) >= len(twins)
+    for file, detail in zip(twins["file"], twins["detail"], strict=True):
+        assert {file.removeprefix("m"), "m" + file.removeprefix("m")} == {file, detail.split(" to ")[1]}
+    preparing.write(found, config(tmp_path, labels=tmp_path / "l.csv", folds=2))
+    kept = config(tmp_path, labels=tmp_path / "l.csv", folds=2, previous=tmp_path / "out" / "manifest.csv")
+    assert preparing.prepare(kept).manifest.hash == found.manifest.hash
+    off = preparing.prepare(config(tmp_path, labels=tmp_path / "l.csv", folds=2, twins=False))
+    assert not off.problems["kind"].str.contains("embedding").any()
 
 
 @pytest.mark.real

@@ -99,6 +99,37 @@ def report_pairs(table: pd.DataFrame, pairs: Ints, found: Findings) -> None:
         found.add("train", rows[other], kind, f"looks like {files[one]}", action)
 
 
+def report_alike(
+    table: pd.DataFrame, test: pd.DataFrame | None, pairs: Ints, similarity: npt.NDArray[Any], found: Findings
+) -> None:
+    """Note what only the embedding shows to be nearly the same; each image once, beside the one it is most like.
+
+    Args:
+        table: the training samples.
+        test: the test samples, or None.
+        pairs: rows of both, test rows counted after the training rows; the most alike first.
+        similarity: of each pair.
+    """
+    columns = ["sample_id", "file", "label", "fold"]
+    rows = table.assign(label=table["label"] if "label" in table else "")[columns]
+    if test is not None:
+        rows = pd.concat([rows, test[["sample_id", "path"]].set_axis(["sample_id", "file"], axis=1)], ignore_index=True)
+    listed = list(rows.itertuples())
+    _, first = np.unique(pairs[:, 1], return_index=True)
+    for place in np.sort(first).tolist():
+        one, other = (listed[row] for row in pairs[place].tolist())
+        if pairs[place, 0] >= len(table):
+            continue  # two test images
+        text = f"similarity {similarity[place]:.2f} to"
+        if pairs[place, 1] >= len(table):
+            found.add("train", one, "near-duplicate in test (embedding)", f"{text} {other.file}")
+            continue
+        kind = "near-duplicate (embedding)" + (", other label" if one.label != other.label else "")
+        same = one.fold == other.fold
+        action = "kept" if same else f"kept, but in folds {one.fold:.0f} and {other.fold:.0f}"
+        found.add("train", other, kind, f"{text} {one.file}", action)
+
+
 def report_shared(table: pd.DataFrame, test: pd.DataFrame, pairs: Ints, found: Findings) -> None:
     """Note copies and near-duplicates across train and test: no error, but the score on them says little.
 

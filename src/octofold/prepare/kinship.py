@@ -14,12 +14,62 @@ from octofold.prepare.lineage import Fingerprints
 Ints = npt.NDArray[np.int64]
 
 
+CROWD = 0.1  # share of the images; a chain of twins that is longer is no set of copies
+
+
 class Rows(NamedTuple):
     """Images to be grouped."""
 
     ids: list[str]
     paths: list[Path]
     prints: Fingerprints
+
+
+NO_TWINS = np.zeros((0, 2), np.int64), np.zeros(0, np.float32)
+
+
+def twins(
+    train: Rows, test: Rows | None, sides: npt.NDArray[Any], folder: Path, known: Ints
+) -> tuple[Ints, npt.NDArray[np.float32]]:
+    """Find images that differ pixel by pixel and yet show the same, by their embedding.
+
+    Scans too small for an embedding have none: their pixels were compared as they are.
+
+    Args:
+        train, test, sides, folder: as for `choose`.
+        known: ``(P, 2)`` pairs of train that need no embedding.
+
+    Returns:
+        ``(P, 2)`` other pairs, test rows counted after the training rows, and their similarity; most alike first.
+    """
+    name = embedding.choose(sides)
+    ids = train.ids + (test.ids if test else [])
+    paths = train.paths + (test.paths if test else [])
+    if name != "pixels":
+        vectors, name = embedding.embed_or_pixels(name, ids, paths, np.zeros((len(ids), 1), np.uint8), folder)
+    if name == "pixels":
+        return NO_TWINS
+    vectors -= vectors[: len(train.ids)].mean(axis=0)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-9)
+    found, similarity = neighbours.alike_pairs(vectors)
+    seen = set(map(tuple, known.tolist()))
+    new = [pair not in seen and ids[pair[0]] != ids[pair[1]] for pair in map(tuple, found.tolist())]
+    return found[new], similarity[new]
+
+
+def joined(rows: Rows, pairs: Ints, more: Ints, is_old: npt.NDArray[np.bool_] | None = None) -> Ints:
+    """Return `pairs` with `more`, unless these would chain a crowd together that no fold could hold.
+
+    Args:
+        rows: all images.
+        pairs: near-duplicate rows.
+        more: twins.
+        is_old: rows that an earlier manifest had; what it left apart stays apart.
+    """
+    both = np.concatenate([pairs, more])
+    if not len(more) or np.bincount(neighbours.components(len(rows.ids), both)).max() > max(2, CROWD * len(rows.ids)):
+        return pairs
+    return both if is_old is None else np.concatenate([pairs, more[~is_old[more].all(axis=1)]])
 
 
 def choose(

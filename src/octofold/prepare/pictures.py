@@ -44,10 +44,11 @@ def draw(prepared: Any) -> Iterator[Pair]:
     yield "worst", plots.strips(page, "the worst of each; worst.csv names them")
     labels = manifest.table["label"].tolist() if "label" in manifest.table else [""] * len(paths)
     captions = [_caption(f"{label}\n{path.name[-24:]}") for label, path in zip(labels, paths, strict=True)]
-    if len(prepared.pairs):
-        rows = prepared.pairs[:MOST_PAIRS].reshape(-1).tolist()
-        pictures = thumbnails([paths[row] for row in rows])
-        yield "near-duplicates", plots.grid(pictures, [captions[row] for row in rows], "pairs side by side", 4)
+    for name, pairs in (("near-duplicates", prepared.pairs), ("near-duplicates-embedding", prepared.twins)):
+        if len(pairs):
+            rows = pairs[:MOST_PAIRS].reshape(-1).tolist()
+            pictures = thumbnails([paths[row] for row in rows])
+            yield name, plots.grid(pictures, [captions[row] for row in rows], "pairs side by side", 4)
     yield from _groups(prepared, paths, captions)
 
 

@@ -23,7 +23,7 @@ from octofold.errors import UserError, preview
 from octofold.files import ROOT, atomic, existing, write_json
 from octofold.nets import landmarks
 from octofold.prepare import checks, folds, kinship, lineage, neighbours, sources
-from octofold.prepare.findings import Findings, report_pairs, report_shared, settle
+from octofold.prepare.findings import Findings, report_alike, report_pairs, report_shared, settle
 from octofold.prepare.grouping import Grouping
 from octofold.prepare.lineage import Fingerprints
 
@@ -40,7 +40,7 @@ class Prepared:
         problems: ``set, file, sample_id, kind, detail, action``, one row per finding.
         looks, test_looks: of the manifest's rows (of test's), in order: path, brightness, contrast, sharpness, odd …
         prints: fingerprints of the manifest's rows.
-        pairs: ``(P, 2)`` near-duplicate rows of the manifest.
+        pairs: ``(P, 2)`` near-duplicate rows of the manifest. twins: those that only the embedding shows.
         grouping: how ``--group auto`` chose, or None.
         decided: what became of each decision, or None. changes: how the manifest differs from the one before, or None.
         summary: numbers worth showing.
@@ -53,6 +53,7 @@ class Prepared:
     test_looks: pd.DataFrame
     prints: Fingerprints
     pairs: Ints
+    twins: Ints
     grouping: Grouping | None = None
     decided: pd.DataFrame | None = None
     changes: pd.DataFrame | None = None
@@ -94,9 +95,14 @@ def prepare(config: Prepare) -> Prepared:
     prints = _select(prints, table["sample_id"])
     pairs = neighbours.near_pairs(prints.phash, prints.tiny)
     test, test_looks, test_prints = read_test(config, source, found)
-    chosen = _group(config, source, table, prints, pairs, (test, test_prints), before)
+    rows = kinship.Rows(table["sample_id"].tolist(), [source.images / name for name in table["file"]], prints)
+    other = kinship.Rows(test.sample_ids.tolist(), test.paths, test_prints) if test is not None else None
+    sides, folder = table[["width", "height"]].min(axis=1).to_numpy(), folder_of(config) / "cache"
+    twins, similarity = kinship.twins(rows, other, sides, folder, pairs) if config.twins else kinship.NO_TWINS
+    chosen = _group(config, source, table, (rows, other), (pairs, twins), before)
     _fold(config, table, before, found)
     report_pairs(table, pairs, found)
+    report_alike(table, test.table if test else None, twins, similarity, found)
     info = {**source.info, "seed": config.seed, "group": config.group}
     if (swap := landmarks.swap_table(config.swap, source.names)) is not None:
         info["swap"] = swap
@@ -112,7 +118,7 @@ def prepare(config: Prepare) -> Prepared:
         report_shared(table, test.table, both, found)
     manifest = _manifest(config, source, table, info)
     made = Prepared(manifest, test, found.table(), table.rename(columns={"file": "path"}), test_looks, prints, pairs,
-                    chosen[0] if chosen else None, decided)  # fmt: skip
+                    twins[(twins < len(table)).all(axis=1)], chosen[0] if chosen else None, decided)  # fmt: skip
     if old is not None:
         made.changes = lineage.differences(old, manifest, before.same)
         info["previous"] = old.info.get("previous", "") if old.hash == manifest.hash else old.hash[:12]
@@ -217,8 +223,8 @@ def _select(prints: Fingerprints, ids: "pd.Series[str]") -> Fingerprints:
 
 
 def _group(
-    config: Prepare, source: sources.Source, table: pd.DataFrame, prints: Fingerprints, pairs: Ints,
-    test: tuple[Manifest | None, Fingerprints], before: _Before,
+    config: Prepare, source: sources.Source, table: pd.DataFrame,
+    images: tuple[kinship.Rows, kinship.Rows | None], found: tuple[Ints, Ints], before: _Before,
 ) -> tuple[Grouping, str] | None:  # fmt: skip
     """Write ``table["group"]`` ('' where a row stands alone); return how ``auto`` chose, and by which embedding.
 
@@ -231,21 +237,21 @@ def _group(
         column = name if name in source.table else config.group
         table["group"] = sources.column(source.table, column, config.labels, "group").str.strip()[table["row"]].tolist()
     elif config.group == "auto":
-        rows = kinship.Rows(table["sample_id"].tolist(), [source.images / name for name in table["file"]], prints)
+        (rows, other), (pairs, twins) = images, found
+        kin = twins if other is None else twins[:0]  # with test images a cut is chosen that sees to them
         folder = folder_of(config) / "cache"
         if before.manifest is not None:
             fold, group = lineage.carry(table, before.manifest, before.same)
             known = before.manifest.info.get("grouping", {})
+            pairs = kinship.joined(rows, pairs, kin, fold >= 0)
             table["group"] = kinship.follow(rows, pairs, fold >= 0, group, known, folder)
             return None
+        pairs = kinship.joined(rows, pairs, kin)
         labels = table["label"].to_numpy(str) if "label" in table else None
 
         def assign(part: Ints) -> Ints:
             return folds.assign(part.astype(str), labels, config.folds, config.seed)
 
-        other = None
-        if test[0] is not None:
-            other = kinship.Rows(test[0].sample_ids.tolist(), test[0].paths, test[1])
         sides = table[["width", "height"]].min(axis=1).to_numpy()
         table["group"], chosen = kinship.choose(rows, other, pairs, sides, assign, config.folds, config.seed, folder)
         return chosen
