@@ -167,7 +167,7 @@ def draw(curves: dict[str, dict[int, Curve]], size: int, path: Path) -> None:
 
     figure = plots.new_figure()
     labels = {"xlabel": "seconds (log)", "ylabel": "accuracy on the held-out fold", "xscale": "log"}
-    axes = figure.add_subplot(title=f"tf_efficientnet_lite0 at {size} px, grocery15, folds 0 to 2", **labels)
+    axes = figure.add_subplot(title=f"tf_efficientnet_lite0 at {size} px, one line a fold and seed", **labels)
     for (name, found), (colour, line, marker) in zip(curves.items(), plots.STYLES, strict=False):
         for number, curve in enumerate(found.values()):
             label = name if number == 0 else None
