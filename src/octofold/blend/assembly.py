@@ -48,11 +48,12 @@ def blend(config: Blend, run: tracking.Run) -> dict[str, Any]:
     out = config.out or ROOT / "runs" / "blend" / run.id
     result: dict[str, Any] = {"run_id": run.id, "views": members.views, "method": judged.blend.method}
     test = lineup.test_set(train)
-    expected, lines = None, [f"No test images: {name} is cross-fitted, and holds for images like the training ones."]
+    expected, shaken = None, list[str]()
+    lines = [f"No test images: {name} is cross-fitted, and holds for images like the training ones."]
     if test is not None:
-        made, expected, lines = _submit(config, run, members, judged, test, name, out)
+        made, expected, lines, shaken = _submit(config, run, members, judged, test, name, out)
         result |= made
-    lines += verdict.told(judged, name) + chosen.told() + _members_told(members, judged)
+    lines += verdict.told(judged, name) + shaken + chosen.told() + _members_told(members, judged)
     result["report"] = write_text(out / "report.txt", "\n".join(lines) + "\n")
     numbers = _numbers(judged, expected, name)
     _record(run, members, judged, numbers, [path for path in result.values() if isinstance(path, Path)])
@@ -67,8 +68,8 @@ def blend(config: Blend, run: tracking.Run) -> dict[str, Any]:
 
 def _submit(
     config: Blend, run: tracking.Run, members: Lineup, judged: Verdict, test: Manifest, name: str, out: Path
-) -> tuple[dict[str, Any], Forecast | None, list[str]]:
-    """Predict the test images; write submission, predictions and ledger; say what to expect of them."""
+) -> tuple[dict[str, Any], Forecast | None, list[str], list[str]]:
+    """Predict the test images; write submission, predictions and ledger; say what to expect, and of the boards."""
     said = lineup.speak(members, judged.blend, test, config.bag)
     predicted = lineup.signed(members, test, said.final)
     made = {
@@ -78,7 +79,7 @@ def _submit(
         "predictions": predicted.save(out / "predictions.parquet", csv=True),
     }
     near = nearness.compare(members, judged.blend.weights, test) if config.shift else None
-    expected, lines, shaken = None, [], []
+    expected, shaken = None, list[str]()
     if members.rows.task == "classify":
         expected = forecast.forecast(judged, members, said, near, name, config.seed)
         lines = expected.told(judged)
@@ -88,7 +89,7 @@ def _submit(
     lines += [shift.told(near.distance)] if near is not None else []
     about = _about(config, run, members, judged, said, expected)
     made["ledger"] = _ledger(members, test, said, near, about).save(out)
-    return made, expected, lines + shaken
+    return made, expected, lines, shaken
 
 
 def _members_told(members: Lineup, judged: Verdict) -> list[str]:
