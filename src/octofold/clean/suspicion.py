@@ -17,7 +17,7 @@ Bools = npt.NDArray[np.bool_]
 
 NEIGHBOURS = 20
 EXACT = 20_000  # rows: beyond it neighbours are looked for in PROBES cells around one's own
-PROBES = 40
+PROBES = 120
 WIDTH = 0.1  # of the neighbours' kernel, in cosine similarity
 SMALLEST_CLASS = 12  # below it, "unlike its class" means nothing
 ODD = 4.0  # robust standard deviations from its class
@@ -91,7 +91,7 @@ def nearest(unit: Array, count: int = NEIGHBOURS, block: int = 0, exact: int = E
     """Find each row's nearest other rows by cosine similarity, in bounded memory.
 
     Up to `exact` rows every pair is compared. Past that, rows are sorted into cells, and looked for in their own
-    and the `PROBES` nearest ones: time grows as N^1.5, and some 2 % of the neighbours are missed.
+    and the `PROBES` nearest ones: time grows as N^1.5, and some neighbours are missed.
 
     Args:
         unit: ``(N, F)`` rows of length 1.

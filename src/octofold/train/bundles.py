@@ -28,7 +28,7 @@ from octofold.nets.tasks import make_task
 from octofold.predictions import Predictions
 from octofold.recipe import Recipe
 from octofold.track import registry, tracking
-from octofold.train import checkpoint
+from octofold.train import checkpoint, zoo
 from octofold.train.training import metric_of
 
 log = logging.getLogger("octofold")
@@ -116,8 +116,7 @@ def unpacked(source: Path) -> Iterator[tuple[Path, list[Listed]]]:
     """
     source = existing(source, "a bundle (.zip, folder, or files.csv)")
     source = source / LIST if source.is_dir() else source
-    (ROOT / "mlruns").mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".import-", dir=ROOT / "mlruns") as scratch:
+    with tempfile.TemporaryDirectory(prefix=".import-", dir=_scratch()) as scratch:
         if source.suffix == ".csv":
             listed = read_list(existing(source, LIST).read_text(encoding="utf-8", errors="replace"), source)
             for one in listed:
@@ -163,14 +162,37 @@ def take_in(settings: Import) -> dict[str, Any]:
         UserError: whatever does not fit; nothing is registered then.
     """
     table = manifests.read(settings.manifest)
+    with _slots(settings, table) as homes:
+        checked = [check(home, table) for home in homes]
+        with tracking.run("import", settings, table.competition, f"import {settings.bundle.name}") as parent:
+            done = [_register(home, *found, table, parent) for home, found in zip(homes, checked, strict=True)]
+    return {"run_id": parent.id, "slots": [name for name, _ in done], "new": sum(new for _, new in done)}
+
+
+@contextmanager
+def _slots(settings: Import, table: Manifest) -> Iterator[list[Path]]:
+    """Give the slots' folders: as the bundle has them, or made of foreign files by what the user says of them."""
+    if settings.facts is not None:
+        source = existing(settings.bundle, "a folder of weights and OOF, a bundle (.zip), or a files.csv")
+        with tempfile.TemporaryDirectory(prefix=".import-", dir=_scratch()) as scratch:
+            if source.is_dir() and not (source / LIST).exists():
+                yield zoo.adopt(settings.facts, source, table, Path(scratch))
+                return
+            with unpacked(source) as (folder, _):
+                yield zoo.adopt(settings.facts, folder, table, Path(scratch))
+        return
     with unpacked(settings.bundle) as (folder, listed):
         homes = sorted({one.name.rpartition("/model/")[0] for one in listed if one.name.endswith("/model/model.json")})
         if not homes:
-            raise UserError(settings.bundle, expected="<slot>/model/model.json", got=preview([x.name for x in listed]))
-        checked = [check(folder / home, table) for home in homes]
-        with tracking.run("import", settings, table.competition, f"import {settings.bundle.name}") as parent:
-            done = [_register(folder / home, *found, table, parent) for home, found in zip(homes, checked, strict=True)]
-    return {"run_id": parent.id, "slots": [name for name, _ in done], "new": sum(new for _, new in done)}
+            fix = "weights made elsewhere need --facts"
+            names = preview([one.name for one in listed])
+            raise UserError(settings.bundle, expected="<slot>/model/model.json", got=names, fix=fix)
+        yield [folder / home for home in homes]
+
+
+def _scratch() -> Path:
+    (ROOT / "mlruns").mkdir(parents=True, exist_ok=True)
+    return ROOT / "mlruns"
 
 
 def check(home: Path, table: Manifest) -> tuple[ModelCard, list[Predictions]]:
