@@ -74,7 +74,10 @@ def _gated(
     kept = _sample(members, rows, MOST)
     weights = np.r_[blend.weights, np.zeros(len(experts))]
     gated = replace(blend, weights=weights, params=blend.params | {"voters": len(members) - len(experts)})
-    found = stacking.fit_experts(seen, truth, fold[kept], gated.apply(seen), metric, list(dict.fromkeys(experts)))
+    inner = fold[kept]
+    if len(np.unique(inner)) == 1:  # of two folds one is held out: the other is halved
+        inner = np.arange(len(inner)) * 2 // len(inner)
+    found = stacking.fit_experts(seen, truth, inner, gated.apply(seen), metric, list(dict.fromkeys(experts)))
     return replace(gated, params=gated.params | {"experts": [*gated.params.get("experts", []), *found]})
 
 
