@@ -147,8 +147,13 @@ def compare(curves: dict[str, dict[int, Curve]]) -> dict[str, Any]:
     """Per turn: the best peer's accuracy and when, ours and when, and the share of the time."""
     rows = []
     for number, mine in curves["ours"].items():
-        peers = {name: max(found[number], key=lambda at: (at[1], -at[0])) for name, found in curves.items()}
-        del peers["ours"]
+        peers = {
+            name: max(found[number], key=lambda at: (at[1], -at[0]))
+            for name, found in curves.items()
+            if name != "ours" and number in found
+        }
+        if not peers:
+            continue
         name = max(peers, key=lambda one: (peers[one][1], -peers[one][0]))
         seconds, accuracy = peers[name]
         rows.append(

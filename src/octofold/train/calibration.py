@@ -65,6 +65,13 @@ def choose(recipe: Recipe, net: Net, device: torch.device, steps: int = 0) -> di
     return best | rest | {"speedup": round(speedup, 3)}
 
 
+def steps_of(recipe: Recipe, folds: int, rows: int) -> int:
+    """Batches that a whole member trains its trunk on, about: all its folds (else `folds`) and seeds, `rows` each."""
+    epochs = sum(phase.epochs for phase in recipe.phases if phase.train == "all")
+    slots = len(recipe.folds or range(folds)) * len(recipe.seeds)
+    return epochs * slots * max(1, rows // recipe.batch_size) * (2 if recipe.optim.sam_rho else 1)
+
+
 def _candidates(recipe: Recipe, device: torch.device) -> list[Way]:
     """The ways that are not ruled out by a pinned value or the device; the first is the plain one."""
     asked = recipe.runtime

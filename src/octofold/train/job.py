@@ -195,7 +195,7 @@ def open_job(
     if recipe.augment.mixup_prob + recipe.augment.cutmix_prob and task.name != "classify":
         raise UserError("augment.mixup_prob, augment.cutmix_prob", expected="0: points cannot be mixed")
     net = _network(recipe, task, seed, devices, start)
-    runtime = _runtime(saved, recipe, net, devices, _steps(recipe, manifest, train))
+    runtime = _runtime(saved, recipe, net, devices, calibration.steps_of(recipe, len(manifest.folds), len(train)))
     cache = devices.main_first(lambda: open_cache(manifest, PixelSpec.of(recipe.model)))
     target, teacher, weights = manifest.target, None, None
     if recipe.distill.teacher:
@@ -247,13 +247,6 @@ def _runtime(saved: Any, recipe: Recipe, net: models.Net, devices: Devices, step
         torch.set_num_threads(saved["runtime"]["threads"])  # the number of threads decides the order of sums
         return dict(saved["runtime"])
     return dict(devices.from_main(calibration.choose(recipe, net, devices.device, steps) if devices.is_main else {}))
-
-
-def _steps(recipe: Recipe, manifest: Manifest, train: Ints) -> int:
-    """Batches that the whole member (all its folds and seeds) trains its trunk on, about."""
-    epochs = sum(phase.epochs for phase in recipe.phases if phase.train == "all")
-    slots = len(recipe.folds or manifest.folds) * len(recipe.seeds)
-    return epochs * slots * max(1, len(train) // recipe.batch_size) * (2 if recipe.optim.sam_rho else 1)
 
 
 def split_rows(recipe: Recipe, manifest: Manifest, fold: int, seed: int) -> tuple[Ints, Ints]:
