@@ -277,7 +277,8 @@ class Import(Section):
     bundle: Path = Field(description="a bundle (.zip), its folder, or a files.csv of id,name,bytes,sha256")
     manifest: Path = Field(description="manifest.csv the models were trained on")
     facts: Path | None = Field(
-        None, description="weights and OOF not made here: YAML that says which network, classes, folds (docs/cleaning.md)"
+        None,
+        description="weights and OOF not made here: YAML that says which network, classes, folds (docs/cleaning.md)",
     )
 
 
