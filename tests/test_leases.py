@@ -183,7 +183,7 @@ def test_two_machines_train_each_slot_once(tmp_path: Path, empty_store: Path, mo
     team = Team(tmp_path, empty_store)
     both = [team.start(name, "--seeds", "0,1") for name in ("one", "two")]
     said = [process.communicate(timeout=900) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+    assert [process.returncode for process in both] == [0, 0], "\n".join(err for _, err in said)
     check_shared_out([json.loads(out.splitlines()[-1]) for out, _ in said], team.runs(monkeypatch), (0, 1))
     begun = Counter(re.findall(r"m f\d s\d epoch 0:", "".join(err for _, err in said)))
     assert sorted(begun.values()) == [1, 1, 1, 1]

@@ -203,3 +203,29 @@ def test_many_processes_meet_on_an_empty_store(tmp_path: Path) -> None:
         default = tracking.client().get_experiment("0").artifact_location
     assert default == (tmp_path / "mlruns" / "artifacts" / "0").as_uri()
     assert store.database(f"sqlite:///{tmp_path}/mlruns/mlflow.db").exists()
+
+
+@pytest.mark.slow
+def test_four_processes_log_one_dataset_at_once(mlruns: Path) -> None:
+    """MLflow looks whether a data set is known and then inserts it: whoever is second must not fail."""
+    with tracking.run("train", None, "race") as run:
+        pass
+    program = (
+        "import sys, pandas as pd; from octofold.track import tracking;"
+        " run = tracking.Run(sys.argv[1], 'race', '', '0'); table = pd.DataFrame({'label': ['a', 'b']});"
+        " tracking.client(); print('ready', flush=True); sys.stdin.readline();"
+        " [run.log_dataset(table, f'data{n}', 'training') for n in range(8)]"
+    )
+    command = [sys.executable, "-c", program, run.id]
+    pipe = subprocess.PIPE
+    crowd = [subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(4)]
+    for one in crowd:
+        assert one.stdout
+        assert one.stdout.readline() == "ready\n"
+    for one in crowd:
+        assert one.stdin
+        one.stdin.write("go\n")
+        one.stdin.flush()
+    said = [one.communicate(timeout=300)[1] for one in crowd]
+    assert [one.returncode for one in crowd] == [0] * 4, "\n".join(said)
+    assert len(tracking.client().get_run(run.id).inputs.dataset_inputs) == 8

@@ -59,6 +59,18 @@ def patiently(act: Callable[[], T]) -> T:
             time.sleep(PAUSE_S)
 
 
+def beside_others(act: Callable[[], T], tries: int = 5) -> T:
+    """Do `act` patiently, and again if it is refused: where MLflow looks and then inserts, two may both have looked."""
+    for _ in range(tries - 1):
+        try:
+            return patiently(act)
+        except Exception as error:
+            if not error_code(error):
+                raise
+            log.debug("refused, once more: %s", error)
+    return patiently(act)
+
+
 @contextlib.contextmanager
 def explained(store: str) -> Iterator[None]:
     """Turn whatever the first contact with the store raises (refused, no store) into the user's words.

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from octofold.config import Section, dump, flatten
 from octofold.errors import Handover, UserError, redact
 from octofold.files import ROOT
-from octofold.track.outage import PAUSE_S, explained, is_outage, patiently
+from octofold.track.outage import PAUSE_S, beside_others, explained, is_outage, patiently
 from octofold.track.provenance import git_diff, git_tags, identity, is_orphan
 from octofold.track.spool import Note, Spool
 from octofold.track.store import adopt, artifact_root, check_reachable, database, lock_file, locked, pages, uri
@@ -250,7 +250,7 @@ class Run:
         with warnings.catch_warnings(action="ignore"):  # hints on integer columns, and MLflow's own use of pandas
             made = from_pandas(table, source=str(source or name), name=name)
             entry = DatasetInput(made._to_mlflow_entity(), tags=[InputTag("mlflow.data.context", context)])
-        patiently(lambda: client().log_inputs(self.id, datasets=[entry]))
+        beside_others(lambda: client().log_inputs(self.id, datasets=[entry]))
 
     def _end(self, status: str) -> None:
         self._try_again_at = 0.0
