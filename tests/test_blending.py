@@ -229,3 +229,25 @@ def test_an_experts_threshold_is_chosen_without_the_rows_it_may_not_see() -> Non
     wrong = np.where(fold == 0, 3 - target, target)
     one, other = (blending.fit("equal", probs, truth, fold, fold != 0, None, [(0, 1)]) for truth in (target, wrong))
     assert one.params == other.params
+
+
+def test_weights_by_hand_are_taken_as_they_are_and_in_the_members_order() -> None:
+    members = np.random.default_rng(0).dirichlet(np.ones(4), size=(2, 30)).astype(np.float32)
+    method = blending.by_hand({"b": 0.25, "a": 0.75}, ["a", "b"])
+    made = blending.fit(method, members, np.zeros(30, int))
+    np.testing.assert_allclose(made.apply(members), 0.75 * members[0] + 0.25 * members[1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({"a": 0.7, "b": 0.7}, "a sum of 1.4"),
+        ({"a": 1.5, "b": -0.5}, "smallest -0.5"),
+        ({"a": float("nan"), "b": 1.0}, "shares"),
+        ({"a": 1.0}, "a weight for each of a, b"),
+        ({"a": 0.5, "b": 0.3, "c": 0.2}, "a weight for each of a, b"),
+    ],
+)
+def test_weights_by_hand_that_are_no_shares_are_refused(weights: dict[str, float], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        blending.by_hand(weights, ["a", "b"])

@@ -153,6 +153,9 @@ class Blend(Section):
     stage: Stage = Field("production", description="registry stage the fold models are taken from")
     members: list[str] = Field([], description="only these members; empty = every member in the stage")
     method: str = Field("lr_mse", description="row of blending.METHODS: equal, lr_mse, simplex, ...")
+    weights: dict[str, float] = Field(
+        {}, description='instead of --method, shares by hand: {"lite0": 0.6, "lite1": 0.4}; choosing them is not scored'
+    )
     bag: Literal["equal", "oof_acc"] = Field(
         "equal", description="how a member's fold models are averaged on test images"
     )

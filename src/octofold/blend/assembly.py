@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octofold import plots
-from octofold.blend import choice, forecast, ledger, lineup, nearness, shift, submission, succession, verdict
+from octofold.blend import blending, choice, forecast, ledger, lineup, nearness, shift, submission, succession, verdict
 from octofold.blend.forecast import Forecast
 from octofold.blend.lineup import Lineup, Spoken
 from octofold.blend.nearness import Near
@@ -41,6 +41,9 @@ def blend(config: Blend, run: tracking.Run) -> dict[str, Any]:
     members, rows = chosen.lineup, chosen.lineup.rows
     # For points original 000's regression has no meaning of its own: least squares on the simplex is the same idea.
     method = "simplex" if train.task == "keypoints" and config.method == "lr_mse" else config.method
+    if config.weights:
+        voters = members.names[: len(members.names) - len(members.experts)]
+        method = blending.by_hand(config.weights, voters)
     judged = verdict.judge(
         method, members.oof, members.names, rows.target, rows.fold, rows.groups, metric,
         members.per_seed, config.seed, chosen.instead, members.experts,
@@ -53,6 +56,8 @@ def blend(config: Blend, run: tracking.Run) -> dict[str, Any]:
     if test is not None:
         made, expected, lines, shaken = _submit(config, run, members, judged, test, name, out)
         result |= made
+    if config.weights:
+        lines.append("Weights given by hand: what was looked at to choose them is not in the estimate.")
     lines += verdict.told(judged, name) + shaken + chosen.told() + _members_told(members, judged)
     result["report"] = write_text(out / "report.txt", "\n".join(lines) + "\n")
     numbers = _numbers(judged, expected, name)

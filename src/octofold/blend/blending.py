@@ -3,7 +3,8 @@
 To add a method, write ``fit(members, target, fold, rows, metric) -> Blend`` and add a row; its tests are automatic.
 """
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,24 @@ Rows = npt.NDArray[np.bool_] | None
 Pairs = Sequence[tuple[int, int]]
 MOST = 200_000
 """Rows that searching methods look at."""
+BY_HAND = "by hand "
+"""How a method begins whose weights a person gave, in order of the members, as JSON."""
+
+
+def by_hand(weights: Mapping[str, float], names: Sequence[str]) -> str:
+    """Return the method that gives each member the weight a person named; nothing is fitted.
+
+    Raises:
+        UserError: another set of members, a negative weight, or a sum that is not 1 (to 1e-3).
+    """
+    if set(weights) != set(names):
+        raise UserError("--weights", expected=f"a weight for each of {', '.join(names)}", got=", ".join(weights))
+    if not all(value >= 0 for value in weights.values()) or abs(sum(weights.values()) - 1) > 1e-3:
+        total = f"a sum of {sum(weights.values()):g}, smallest {min(weights.values()):g}"
+        raise UserError(
+            "--weights", expected="shares: none negative, 1 in all", got=total, fix="divide them by their sum"
+        )
+    return BY_HAND + json.dumps([weights[name] / sum(weights.values()) for name in names])
 
 
 def fit(
@@ -34,7 +53,7 @@ def fit(
     """Fit one row of `METHODS`, and gates for the pair experts among the members.
 
     Args:
-        method: name of the row.
+        method: name of the row, or what `by_hand` gave.
         members: ``(M, N, K)`` probabilities or ``(M, N, P, 2)`` points, **out-of-fold**: a row must come from models
             that did not train on it, or the weights favour whoever overfits. May be a memmap.
         target: ``(N,)`` int class indices, or ``(N, P, 2)`` points, NaN where missing.
@@ -48,9 +67,11 @@ def fit(
     Raises:
         UserError: unknown method, a method that cannot blend points, or nothing to fit on.
     """
-    known("blend method", method, METHODS)
+    given = json.loads(method.removeprefix(BY_HAND)) if method.startswith(BY_HAND) else None
     points = members.ndim == 4
-    if points and method not in POINT_METHODS:
+    if given is None:
+        known("blend method", method, METHODS)
+    if points and given is None and method not in POINT_METHODS:
         raise UserError(
             f"blend method '{method}'", expected=f"for points one of {', '.join(POINT_METHODS)}", got=method
         )
@@ -59,8 +80,8 @@ def fit(
     fold = np.zeros(members.shape[1], int) if fold is None else fold
     metric = metric or METRICS["mse" if points else "accuracy"]
     voters = members[: len(members) - len(experts)]
-    if len(voters) == 1:  # nothing to weigh
-        blend = Blend(method, "linear", np.ones(1))
+    if given is not None or len(voters) == 1:  # nothing to weigh
+        blend = Blend(method, "linear", np.array(given or [1.0]))
     else:
         blend = METHODS[method](voters, target, fold, rows, metric)
     return _gated(blend, members, target, fold, rows, metric, experts) if experts else blend
