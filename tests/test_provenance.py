@@ -3,11 +3,12 @@
 import socket
 import subprocess
 import sys
+import threading
 
 import psutil
 import pytest
 
-from octofold.track.provenance import git_tags, identity, is_orphan
+from octofold.track.provenance import git_tags, identity, is_orphan, outlive
 
 
 def test_this_process_lives() -> None:
@@ -44,3 +45,17 @@ def test_git_tags_name_the_commit() -> None:
     tags = git_tags()
     assert set(tags) == {"git.commit", "git.dirty"}
     assert tags["git.dirty"] in ("true", "false", "unknown")
+
+
+def test_a_process_that_is_about_to_end_is_waited_for() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    tags = identity() | {"pid": str(child.pid), "pid.started": f"{psutil.Process(child.pid).create_time():.2f}"}
+    outlive(identity())  # ourselves: no
+    outlive(tags | {"host": "another"})  # nobody whom we could see go
+    outlive(tags, patience_s=0.0)
+    assert not is_orphan(tags)
+    reaper = threading.Thread(target=lambda: child.communicate(b"go"))
+    reaper.start()
+    outlive(tags, patience_s=60.0)
+    assert is_orphan(tags)
+    reaper.join()

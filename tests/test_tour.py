@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def went() -> set[str]:
 @pytest.fixture
 def go(
     project: Path, went: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Go:
+) -> Iterator[Go]:
     """Run an entry point as the `mlflow run` command does, and return the JSON object of its last line."""
     import mlflow
 
@@ -59,7 +59,9 @@ def go(
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)  # as after `activate`
     monkeypatch.delenv("OCTOFOLD_HOME", raising=False)  # a project run from its own folder is its own home
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/mlruns/mlflow.db")
+    store, before = f"sqlite:///{project}/mlruns/mlflow.db", mlflow.get_tracking_uri()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    mlflow.set_tracking_uri(store)  # MLflow prefers what this process said last to the variable
 
     def run(entry: str, **params: object) -> dict[str, Any]:
         capfd.readouterr()
@@ -79,7 +81,8 @@ def go(
         went.add(entry)
         return result
 
-    return run
+    yield run
+    mlflow.set_tracking_uri(before)
 
 
 def test_every_entry_point_through_mlflow(go: Go, went: set[str], project: Path) -> None:

@@ -255,6 +255,7 @@ WORKER = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job begun in the background ignores it
 import test_tuning as t
 folder, name, journal = Path({folder!r}), {name!r}, Path({folder!r}) / "journal"
 what = t.plan()

@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -50,6 +51,16 @@ def is_orphan(tags: Mapping[str, str]) -> bool:
     except (psutil.NoSuchProcess, ValueError):
         return True
     return bool(abs(started - float(tags.get("pid.started", started))) > 1.0)
+
+
+def outlive(tags: Mapping[str, str], patience_s: float = 10.0) -> None:
+    """Wait for the process that wrote these tags, if it lives here: a lost Ray node's worker speaks a little longer."""
+    here = {"host": socket.gethostname(), "boot_id": _boot_id(), "pid.space": _pid_space()}
+    if any(tags.get(key, "") != value for key, value in here.items()) or tags.get("pid") == str(os.getpid()):
+        return
+    until = time.monotonic() + patience_s
+    while not is_orphan(tags) and time.monotonic() < until:
+        time.sleep(0.2)
 
 
 @lru_cache(maxsize=1)

@@ -32,6 +32,7 @@ from octofold.predictions import Predictions, average, concatenate
 from octofold.recipe import Recipe
 from octofold.track import leases, promotion, registry, tracking
 from octofold.track.leases import Lessee
+from octofold.track.provenance import outlive
 from octofold.track.tracking import RunInfo
 from octofold.train import checkpoint, interrupt, training
 from octofold.workers import Job
@@ -250,6 +251,8 @@ def _fill(call: Call, fold: int, seed: int) -> Filled | None:
         _discard(folder)
         return _stored_oof(done.id), done.tags["registered"]
     resume = runs[0].id if runs and (folder.exists() or runs[0].status != "FINISHED") else None
+    if resume and runs[0].status == "RUNNING":
+        outlive(runs[0].tags)
     try:
         filled = _train(call, fold, seed, resume)
     except Handover as news:
