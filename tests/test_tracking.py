@@ -153,6 +153,16 @@ def test_what_a_dead_process_left_is_delivered_by_the_next(mlruns: Path) -> None
     assert not spool.path.exists()
 
 
+def test_a_run_that_goes_on_tells_nothing_twice(mlruns: Path) -> None:
+    with tracking.run("train", None, "digits") as parent, pytest.raises(KeyboardInterrupt):
+        with tracking.run("train.slot", None, "digits", parent=parent) as run:
+            raise KeyboardInterrupt
+    # A worker was killed between writing an epoch down and telling it; the next worker of the same command goes on.
+    Spool(mlruns / "spool" / f"{run.id}.jsonl").append({"kind": "metrics", "rows": [["loss", 0.5, 1000, 3]]})
+    with tracking.run("train.slot", None, "digits", parent=parent, resume_id=run.id) as again:
+        assert again.metric_steps("loss") == {3}
+
+
 @pytest.mark.parametrize(
     ("address", "words"),
     [

@@ -136,11 +136,7 @@ def find_runs(
 
 
 def get_run(run_id: str) -> RunInfo:
-    """Return what the store knows of a run.
-
-    Raises:
-        UserError: no such run.
-    """
+    """Return what the store knows of a run; a UserError if it has no such run."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -191,7 +187,7 @@ class Run:
         if time.monotonic() < self._try_again_at:
             return
         try:
-            self._spool.deliver(lambda notes: _send(self.id, notes))
+            _deliver(self.id)
         except Exception as error:  # an outage is survived, everything else is the caller's
             if not is_outage(error):
                 raise
@@ -269,13 +265,17 @@ def _send(run_id: str, notes: Sequence[Note]) -> None:
             client().set_terminated(run_id, note["status"], note["time"])
 
 
+def _deliver(run_id: str) -> int:
+    return Spool(_SPOOL / f"{run_id}.jsonl").deliver(lambda notes: _send(run_id, notes))
+
+
 def deliver_leftovers() -> int:
     """Deliver what processes that are gone left in the spool; return the number of notes."""
     count = 0
     for path in sorted(_SPOOL.glob("*.jsonl")):
         try:
             if is_orphan(get_run(path.stem).tags):
-                count += Spool(path).deliver(lambda notes, run_id=path.stem: _send(run_id, notes))  # type: ignore[misc]
+                count += _deliver(path.stem)
         except Exception as error:  # somebody's old notes must not stop this run
             log.warning("%s waits on: %s", path, redact(str(error)).splitlines()[0])
     return count
@@ -283,11 +283,9 @@ def deliver_leftovers() -> int:
 
 def close_orphans(competition: str) -> list[str]:
     """Close as KILLED the competition's runs whose process died without a word; return their ids."""
-    closed = []
-    for info in find_runs(competition, statuses=("RUNNING",)):
-        if is_orphan(info.tags):
-            client().set_terminated(info.id, "KILLED")
-            closed.append(info.id)
+    closed = [info.id for info in find_runs(competition, statuses=("RUNNING",)) if is_orphan(info.tags)]
+    for run_id in closed:
+        client().set_terminated(run_id, "KILLED")
     if closed:
         log.info("closed %d run(s) of processes that were killed: %s", len(closed), ", ".join(closed))
     return closed
@@ -323,6 +321,8 @@ def run(
         close_orphans(competition)
     given = {"competition": competition, "entry": entry, **identity(), **git_tags(), **(tags or {})}
     labels, name = {key: redact(str(value)) for key, value in given.items()}, redact(name or entry)
+    if resume_id:  # what its killed process had no time to tell is told first, or it would be told twice
+        patiently(lambda: _deliver(resume_id))
     current = patiently(lambda: _open(client(), competition, name, labels, parent, resume_id or adopted))
     if adopted and resume_id:  # what `mlflow run` opened stays empty and points to the run that goes on
         client().set_tag(adopted, "continued_in", resume_id)
