@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import REPOSITORY, House, furnish
+from conftest import furnish
 from octofold.errors import Handover
 from octofold.track import leases, tracking
 from octofold.track.leases import Lessee
-from world import make_world
+from team import Team, check_shared_out, read_until
 
 LEASE_S = 60.0
 
@@ -127,60 +127,15 @@ def test_processes_that_ask_at_once_share_the_slots_out(parent: str) -> None:
 
 # ---- whole commands -------------------------------------------------------------------------------------------------
 
-FLAGS = [
-    *("--member", "m", "--model.name", "small_cnn", "--model.input_size", "16", "--folds", "0,1"),
-    *("--batch_size", "8", "--phases", '[{"epochs": 12}]', "--tta", "none", "--runtime.precision", "fp32"),
-    *("--runtime.channels_last", "on", "--runtime.checkpoint_s", "0"),
-]
 
-
-class Team:
-    """Two project folders, as on two machines, with one store."""
-
-    def __init__(self, home: Path, empty_store: Path) -> None:
-        self.house = furnish(home / "store", empty_store)
-        make_world(self.house.home, samples=48)
-
-    def start(self, name: str, *flags: str) -> "subprocess.Popen[str]":
-        """Start the command in the folder `name`."""
-        store = f"sqlite:///{self.house.home / 'mlruns' / 'mlflow.db'}"
-        environment = House(self.house.home.with_name(name)).environment() | {"MLFLOW_TRACKING_URI": store}
-        script = str(REPOSITORY / "entrypoints" / "train.py")
-        command = [sys.executable, script, "--manifest", str(self.house.home / "manifest.csv"), *FLAGS, *flags]
-        return subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.house.home
-        )
-
-    def runs(self, monkeypatch: pytest.MonkeyPatch) -> list[tracking.RunInfo]:
-        """What the store holds."""
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{self.house.home / 'mlruns' / 'mlflow.db'}")
-        return tracking.find_runs("tiny")
-
-
-def read_until(process: "subprocess.Popen[str]", words: str) -> str:
-    """What a command said until these words."""
-    said = ""
-    assert process.stderr is not None
-    for line in process.stderr:
-        said += line
-        if words in line:
-            return said
-    raise AssertionError(said)
-
-
-def check_shared_out(results: list[dict[str, Any]], runs: list[tracking.RunInfo], seeds: tuple[int, ...]) -> None:
-    """Every slot one run and one version, one parent, and all commands give the same answer."""
-    assert results[0] == results[-1]
-    assert results[0]["slots"] == [f"tiny.m.f{fold}.s{seed}/1" for seed in seeds for fold in (0, 1)]
-    entries = Counter((run.tags["entry"], run.tags.get("fold"), run.tags.get("seed")) for run in runs)
-    assert set(entries.values()) == {1}
-    assert len(entries) == 1 + 2 * len(seeds)
-    assert {run.status for run in runs} == {"FINISHED"}
+def local(folder: Path, empty_store: Path) -> str:
+    """A store of one file that both reach."""
+    return f"sqlite:///{furnish(folder / 'store', empty_store).home / 'mlruns' / 'mlflow.db'}"
 
 
 @pytest.mark.slow
 def test_two_machines_train_each_slot_once(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    team = Team(tmp_path, empty_store)
+    team = Team(tmp_path, local(tmp_path, empty_store))
     both = [team.start(name, "--seeds", "0,1") for name in ("one", "two")]
     said = [process.communicate(timeout=900) for process in both]
     assert [process.returncode for process in both] == [0, 0], "\n".join(err for _, err in said)
@@ -193,7 +148,7 @@ def test_two_machines_train_each_slot_once(tmp_path: Path, empty_store: Path, mo
 def test_what_a_silent_machine_held_is_taken_over_and_it_gives_way(
     tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    team = Team(tmp_path, empty_store)
+    team = Team(tmp_path, local(tmp_path, empty_store))
     silent = team.start("one", "--lease_min", "0.05")
     read_until(silent, "m f0 s0 epoch 1:")
     silent.send_signal(signal.SIGSTOP)  # as a laptop that was shut: it does not know that it is gone

@@ -1,5 +1,6 @@
 """The same code against a server: PostgreSQL behind `mlflow server`, many workers, outages, cuts, planted passwords."""
 
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from octofold.errors import UserError
 from octofold.files import sha256_file, write_json
 from octofold.track import registry, tracking, versions
 from octofold.workers import Job
+from team import Team, check_shared_out, read_until
 
 pytestmark = [
     pytest.mark.slow,
@@ -128,6 +130,27 @@ def test_the_server_stops_in_mid_training(remote: servers.MlflowServer, monkeypa
     assert [item.step for item in history] == [0, 1, 2, 3, 4, 5]
     assert tracking.get_run(run.id).status == "FINISHED"
     assert not list((tracking._SPOOL).glob("*.jsonl"))
+
+
+def test_one_of_two_train_commands_is_killed(
+    remote: servers.MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    team = Team(tmp_path, remote.url)
+    killed = team.start("one", "--seeds", "0,1")
+    read_until(killed, "m f0 s0 epoch 1:")
+    other = team.start("two", "--seeds", "0,1")
+    read_until(other, "epoch 0:")  # each is about a slot of its own
+    killed.kill()
+    killed.communicate()
+    out, err = other.communicate(timeout=900)
+    assert other.returncode == 0, err
+    assert "taken over from" in err
+    again, said = team.start("one", "--seeds", "0,1").communicate(timeout=900)
+    assert "m f" not in said  # nothing was trained
+    check_shared_out([json.loads(text.splitlines()[-1]) for text in (out, again)], team.runs(monkeypatch), (0, 1))
+    for run in tracking.find_runs("tiny", {"entry": "train.slot", "member": "m"}):
+        history = tracking.client().get_metric_history(run.id, "train/loss")
+        assert sorted(item.step for item in history) == list(range(12))
 
 
 def test_stages_by_hand_and_by_promote_on_the_server(remote: servers.MlflowServer) -> None:
