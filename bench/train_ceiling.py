@@ -11,6 +11,7 @@ epoch's `log_metrics` into MLflow costs against an epoch of the loop.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -43,7 +44,7 @@ def measure(table: manifest.Manifest, name: str, size: int, flags: argparse.Name
         recipe = Recipe.model_validate(settings)
         slot = job.open_job(recipe, table, table.folds[0], 0, Path(folder), device_setup())
         part = job.enter(slot, 0)
-        stream = part.batches.stream(0, 0)
+        stream = itertools.chain.from_iterable(part.batches.stream(0, epoch) for epoch in itertools.count())
         training._update(slot, part, batch := next(stream))
         bare_step(slot, part, batch)
         loop, bare = [], []

@@ -1,5 +1,6 @@
 """Augmentation: every preset keeps dtype, size and range, is a function of its seed, and moves points with pixels."""
 
+from collections import Counter
 from pathlib import Path
 
 import albumentations as A
@@ -86,6 +87,18 @@ def test_output_is_uint8_of_the_size_and_a_function_of_the_seed(name: str) -> No
         np.testing.assert_array_equal(mine, again)
     if name != "none":
         assert any((a != b).any() for a, b in zip(first, run(one, 8), strict=True)), "another seed, another picture"
+
+
+def test_the_steps_of_a_preset_are_drawn_apart() -> None:
+    photo = np.zeros((9, 9, 3), np.uint8)
+    photo[1, 3] = 255
+    moves = A.Compose([A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5), A.Transpose(p=0.5)])
+    where: Counter[int] = Counter()
+    for block in range(500):
+        augment.reseed(moves, block)
+        where.update(int(augment.run(moves, photo)[0][..., 0].argmax()) for _ in range(8))
+    assert len(where) == 8, "each of the eight is as likely as any other"
+    assert all(abs(count - 500) < 5 * 21 for count in where.values())  # 4000 draws of 1/8: standard deviation 21
 
 
 def test_none_is_the_centre_crop() -> None:

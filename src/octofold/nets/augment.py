@@ -5,6 +5,7 @@ exactly. Its resizing does not (it scales the index, off by half a pixel times t
 """
 
 import os
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -217,8 +218,12 @@ PRESETS: dict[str, Callable[..., A.Compose]] = {name: _row(name) for name in _RO
 
 
 def reseed(transform: A.Compose, seed: int) -> None:
-    """Make what follows a pure function of `seed` (any int >= 0): once per batch, in the process that augments it."""
-    transform.set_random_seed(seed % 2**32)
+    """Make what follows a pure function of `seed` (any int >= 0): once per block, in the thread that augments it.
+
+    All steps draw from one stream. albumentations' own `set_random_seed` gives every step a copy of the same stream,
+    so that a picture was mirrored up-down only if it was mirrored left-right too.
+    """
+    transform.set_random_state(np.random.Generator(np.random.PCG64(seed)), random.Random(seed))
 
 
 def run(transform: A.Compose, image: npt.NDArray[np.uint8], points: Array | None = None) -> tuple[Array, Array | None]:
@@ -248,39 +253,39 @@ def run(transform: A.Compose, image: npt.NDArray[np.uint8], points: Array | None
     return out, moved.astype(np.float32)
 
 
-def mix(images: Tensor, shares: Tensor, config: recipe.Augment, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+def mix(images: Tensor, shares: Tensor, config: recipe.Augment, dice: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Mix a batch with itself in another order: mixup, or cutmix, or neither; one draw per batch (original 000).
 
     Args:
         images: ``(B, 3, H, W)`` uint8 or float 0..255.
         shares: ``(B, K)`` float targets that sum to 1.
         config: probabilities and Beta parameters.
-        random: decides everything.
+        dice: decides everything.
 
     Returns:
         Images (float32 after mixup, else as they came) and their shares.
     """
-    draw = float(random.random())
+    draw = float(dice.random())
     if len(images) < 2 or draw >= config.mixup_prob + config.cutmix_prob:
         return images, shares
     mixup = draw < config.mixup_prob
     alpha = config.mixup_alpha if mixup else config.cutmix_alpha
     if not alpha:
         return images, shares
-    keep = float(random.beta(alpha, alpha))
-    order = torch.from_numpy(random.permutation(len(images))).to(images.device)
+    keep = float(dice.beta(alpha, alpha))
+    order = torch.from_numpy(dice.permutation(len(images))).to(images.device)
     if mixup:
         mixed = images.float() * keep + images[order].float() * (1 - keep)
     else:
-        mixed, keep = _cut(images, order, keep, random)
+        mixed, keep = _cut(images, order, keep, dice)
     return mixed, shares * keep + shares[order] * (1 - keep)
 
 
-def _cut(images: Tensor, order: Tensor, keep: float, random: np.random.Generator) -> tuple[Tensor, float]:
+def _cut(images: Tensor, order: Tensor, keep: float, dice: np.random.Generator) -> tuple[Tensor, float]:
     """Paste a box of the other image, of share ``1 - keep``; return also the share that really stayed."""
     height, width = images.shape[-2:]
     side = np.sqrt(1 - keep)
-    y, x = int(random.integers(height)), int(random.integers(width))
+    y, x = int(dice.integers(height)), int(dice.integers(width))
     half_y, half_x = int(height * side) // 2, int(width * side) // 2
     top, bottom = max(0, y - half_y), min(height, y + half_y)
     left, right = max(0, x - half_x), min(width, x + half_x)
