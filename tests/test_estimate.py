@@ -80,6 +80,19 @@ def test_interval_covers() -> None:
     assert 180 <= hits <= 198
 
 
+def test_resamples_without_a_class_are_left_out_of_intervals() -> None:
+    """A binary AUC of a few groups is not defined on every resample."""
+    rng = np.random.default_rng(0)
+    target = np.repeat(np.arange(30) < 3, 4).astype(int)
+    groups = np.repeat(np.arange(30), 4)
+    one, other = (rng.dirichlet(np.ones(2), 120) for _ in range(2))
+    draws = estimate.bootstrap([one, other], target, groups, METRICS["auc"], reps=400)
+    assert 0 < np.isnan(draws).mean() < 0.2
+    found = estimate.interval(0.5, draws[0])
+    assert found.low < 0.5 < found.high
+    assert estimate.gain("twin", draws[0], draws[0], (0.5, 0.5), METRICS["auc"]).probability == 0.5
+
+
 def test_gain_of_equals_is_a_coin() -> None:
     probs, target, _ = members()
     draws = estimate.bootstrap([probs[0], probs[0], probs[2]], target, np.arange(len(target)), ACCURACY)

@@ -78,15 +78,28 @@ def test_tables_add_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("held_out", "same_data", "split"), [(True, True, "oof"), (False, True, "apparent"), (False, False, "test")]
+    ("held_out", "trained_on", "split"),
+    [
+        (True, "the same", "oof"),
+        (False, "the same", "apparent"),
+        (False, "an earlier version of it", "apparent"),
+        (False, "who knows", "apparent"),
+        (False, "other samples", "test"),
+    ],
 )
 def test_the_name_of_a_score_says_whether_the_model_saw_the_rows(
-    tmp_path: Path, held_out: bool, same_data: bool, split: str
+    tmp_path: Path, held_out: bool, trained_on: str, split: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(evaluating, "ROOT", tmp_path)
     manifest = truth(tmp_path)
-    said = oof(manifest, fold=held_out)
-    found = evaluating.evaluate(manifest, said if same_data else replace(said, manifest_hash="other"))
-    assert found.split == split
+    rows = {"an earlier version of it": np.arange(20), "other samples": np.arange(20, 30)}.get(trained_on)
+    said = replace(oof(manifest, fold=held_out), manifest_hash=manifest.hash if trained_on == "the same" else "gone")
+    if rows is not None:
+        before = manifest.take(rows)
+        home = tmp_path / "data" / manifest.competition / "versions" / before.hash[:12]
+        before.save(home / "manifest.csv")
+        said = replace(said, manifest_hash=before.hash).take(manifest.sample_ids[:20].tolist())
+    assert evaluating.evaluate(manifest, said).split == split
 
 
 def test_a_part_of_the_rows_is_scored_and_said(tmp_path: Path) -> None:

@@ -205,17 +205,37 @@ def test_interrupted_cache_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     manifest, spec = manifest_of(tmp_path / "photos", 6), PixelSpec(32)
     wanted = [load(path, spec)[0] for path in manifest.paths]
     monkeypatch.setattr(images, "AHEAD", 2)
-    hidden = manifest.paths[4].read_bytes()
-    manifest.paths[4].unlink()
-    with pytest.raises(UserError, match="4.png"):
+    first, late = (manifest.paths[row] for row in np.argsort(manifest.sample_ids)[[0, 4]])  # decoded in this order
+    hidden = late.read_bytes()
+    late.unlink()
+    with pytest.raises(UserError, match=late.name):
         open_cache(manifest, spec, tmp_path / "cache", progress=False)
     (part,) = (tmp_path / "cache").glob(".*.part")
     with (part / "rows.jsonl").open("a") as log:
         log.write("[32, 3")
-    manifest.paths[4].write_bytes(hidden)
-    manifest.paths[0].unlink()  # already decoded: not asked for again
+    late.write_bytes(hidden)
+    first.unlink()  # already decoded: not asked for again
     cache = open_cache(manifest, spec, tmp_path / "cache", progress=False)
     assert all(np.array_equal(cache[row], wanted[row]) for row in range(6))
+
+
+def test_an_interrupted_cache_that_goes_on_in_another_order_mixes_nothing_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from octofold.data import images
+
+    manifest, spec = manifest_of(tmp_path / "photos", 6), PixelSpec(32)
+    wanted = {name: load(path, spec)[0] for name, path in zip(manifest.sample_ids, manifest.paths, strict=True)}
+    monkeypatch.setattr(images, "AHEAD", 2)
+    last = manifest.paths[int(np.argsort(manifest.sample_ids)[-1])]
+    hidden = last.read_bytes()
+    last.unlink()
+    with pytest.raises(UserError, match="png"):
+        open_cache(manifest, spec, tmp_path / "cache", progress=False)
+    last.write_bytes(hidden)
+    other = manifest.take(np.array([5, 2, 0, 4, 3, 1]))  # the labels were sorted anew meanwhile
+    cache = open_cache(other, spec, tmp_path / "cache", progress=False)
+    assert all(np.array_equal(cache[row], wanted[name]) for row, name in enumerate(other.sample_ids))
 
 
 def test_find_images_is_sorted_and_skips_the_hidden(tmp_path: Path) -> None:

@@ -69,6 +69,11 @@ def test_points_without_truth_do_not_count() -> None:
     points = np.array([[[1.0, 0.0], [99.0, 99.0], [3.0, 4.0]]])
     assert point_mse(points, target) == pytest.approx(0.25)
     assert point_nme(points, target) == pytest.approx((1 / 5 + 0) / 2)
+    alone = target.copy()
+    alone[0, 1:] = np.nan  # one visible point: no spread to measure by
+    more = np.concatenate([target, alone]), np.concatenate([points + 3, points])
+    assert point_nme(more[1], more[0]) == pytest.approx(point_nme(points + 3, target))
+    assert np.isnan(point_nme(points, alone[:1].repeat(len(points), 0)))
 
 
 @pytest.fixture

@@ -27,6 +27,14 @@ def test_original_000s_boards_have_nothing_to_do_with_each_other(tmp_path: Path)
     assert any("number 7 of 9" in line or "number 8 of 9" in line for line in scores.told(found))
 
 
+def test_where_lower_is_better_the_lowest_is_the_best(tmp_path: Path) -> None:
+    losses = [scores.Score(name, public, private) for name, public, private in
+              (("a", 0.5, 0.2), ("b", 0.1, 0.9), ("c", 0.3, 0.4))]  # fmt: skip
+    lines = scores.told(losses, -1.0)
+    assert [line[0] for line in lines[1:4]] == ["a", "c", "b"]
+    assert "The best public score (0.10000, b) is number 3 of 3" in lines[-1]
+
+
 def test_empty_scores_are_unknown_and_extra_columns_may_be_missing(tmp_path: Path) -> None:
     found = scores.read_history(history(tmp_path, "submission_file,public_score,private_score\na.csv,0.9,\n"))
     assert found[0].public == 0.9

@@ -101,7 +101,20 @@ def test_near_certainty_the_interval_still_reaches_what_can_be_counted() -> None
     assert found.accuracy.high == 1.0
     assert 0.98 < found.accuracy.low < 0.998
     perfect = shift.foresee(oof, np.zeros(1437, int), [oof[:360]], 0.0)
-    assert perfect.accuracy.low < 1 == perfect.accuracy.high
+    assert 0.98 < perfect.accuracy.low < 1 == perfect.accuracy.high
+
+
+def test_the_nearest_are_found_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    rows, keys = rng.normal(size=(17, 5)), rng.normal(size=(40, 5))
+    like = rows @ keys.T
+    wanted = np.argsort(-like, axis=1)[:, :3]
+    for room in (2**25, 120, 1):
+        monkeypatch.setattr(shift, "ROOM", room)
+        places, values = shift._nearest(rows, keys, 3)
+        np.testing.assert_array_equal(places, wanted)
+        np.testing.assert_allclose(values, np.take_along_axis(like, wanted, axis=1))
+    assert shift._nearest(rows, keys[:2], 3)[0].shape == (17, 2)
 
 
 def test_a_rehearsal_learns_how_much_confidence_overlooks() -> None:

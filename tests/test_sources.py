@@ -73,6 +73,13 @@ def test_names_without_a_file_are_refused(tmp_path: Path, name: str) -> None:
         sources.locate([name], folder, "x.csv")
 
 
+def test_a_name_without_suffix_that_means_two_files_is_refused(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "p", ["a.jpg", "a.png", "b.png", "d/a.png"])
+    assert sources.locate(["a.jpg", "b", "d/a"], folder, "x.csv") == ["a.jpg", "b.png", "d/a.png"]
+    with pytest.raises(UserError, match=r"1 with several: a: a\.jpg, a\.png"):
+        sources.locate(["b", "a"], folder, "x.csv")
+
+
 @given(st.text(max_size=30))
 def test_fuzzed_names_stay_inside(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "p"

@@ -87,11 +87,14 @@ def point_mse(points: Array, target: Array) -> float:
 
 
 def point_nme(points: Array, target: Array) -> float:
-    """Mean distance over each sample's own spread of points (box diagonal). `points`, `target` (N, P, 2)."""
+    """Mean distance over each sample's own spread of points (box diagonal). `points`, `target` (N, P, 2).
+
+    A sample without a spread (one visible point) has no scale and is not counted; NaN if none has.
+    """
     low, high = np.nanmin(target, axis=1), np.nanmax(target, axis=1)
     size = np.linalg.norm(high - low, axis=1)
-    distance = np.linalg.norm(points - target, axis=2)
-    return float(np.nanmean(distance / np.maximum(size, 1e-6)[:, None]))
+    share = np.linalg.norm(points - target, axis=2)[size > 0] / size[size > 0, None]
+    return float(np.nanmean(share)) if np.isfinite(share).any() else math.nan
 
 
 def confusion(predicted: Array, target: Array, classes: int) -> npt.NDArray[np.int64]:

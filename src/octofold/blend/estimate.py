@@ -161,7 +161,8 @@ def row_losses(values: Array, target: Array, metric: Metric) -> tuple[Array, Arr
 
 def interval(value: float, draws: Array, spread: float = 0.0) -> Interval:
     """95 % of the draws, re-centred on the value, widened by an independent standard deviation `spread`."""
-    low, high = np.quantile(draws - draws.mean(), [0.025, 0.975])
+    draws = draws[np.isfinite(draws)]
+    low, high = np.quantile(draws - draws.mean(), [0.025, 0.975]) if len(draws) else (np.nan, np.nan)
     extra = 1.96 * spread
     return Interval(value, value - float(np.hypot(low, extra)), value + float(np.hypot(high, extra)))
 
@@ -191,7 +192,8 @@ class Gain(NamedTuple):
 def gain(over: str, mine: Array, theirs: Array, score: tuple[float, float], metric: Metric) -> Gain:
     """Compare paired bootstrap draws ``(R,)`` of two candidates whose scores are `score`."""
     draws = metric.sign * (mine - theirs)
-    low, high = np.quantile(draws, [0.025, 0.975])
+    draws = draws[np.isfinite(draws)]  # a resample without some class has no such score
+    low, high = np.quantile(draws, [0.025, 0.975]) if len(draws) else (np.nan, np.nan)
     # Ties count half: two equal candidates have an even chance, not none.
     probability = float((draws > 0).mean() + 0.5 * (draws == 0).mean())
     return Gain(over, metric.sign * (score[0] - score[1]), float(low), float(high), probability)

@@ -28,6 +28,8 @@ moved, blurred and made noisy, and synthetic competitions. A shift is never seen
 """
 BLINDNESS = 0.15
 """Probit units of accuracy that may be lost unseen for each standard deviation that test is apart from train."""
+ROOM = 2**25
+"""Similarities in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,30 @@ def measure(train: Array, held: Array, test: Array, seed: int = 0) -> Distance:
     base = train[~held]
     centre = base.mean(axis=0)
     keys, own, new = (_unit(part - centre) for part in (base, train[held], test))
-    similarity = new @ keys.T
     auc, error = adversarial_auc(own, new, seed)
-    order = np.argsort(-similarity, axis=1)[:, :3]
+    order, similarity = _nearest(new, keys, 3)
     return Distance(
         auc,
         error,
-        float((own @ keys.T).max(axis=1).mean()),
-        float(similarity.max(axis=1).mean()),
+        float(_nearest(own, keys, 1)[1].mean()),
+        float(similarity[:, 0].mean()),
         np.flatnonzero(~held)[order],
-        np.take_along_axis(similarity, order, axis=1),
+        similarity,
     )
+
+
+def _nearest(rows: Array, keys: Array, count: int) -> tuple[npt.NDArray[np.int64], Array]:
+    """Places ``(R, count)`` of the keys most like each row, nearest first, and how like; block by block in memory."""
+    step = max(1, ROOM // len(keys))
+    places, values = [], []
+    for start in range(0, len(rows), step):
+        like = rows[start : start + step] @ keys.T
+        best = np.argpartition(-like, min(count, len(keys) - 1), axis=1)[:, :count]
+        near = np.take_along_axis(like, best, axis=1)
+        order = np.argsort(-near, axis=1, kind="stable")
+        places.append(np.take_along_axis(best, order, axis=1))
+        values.append(np.take_along_axis(near, order, axis=1))
+    return np.concatenate(places), np.concatenate(values)
 
 
 def told(distance: Distance) -> str:
@@ -284,7 +299,8 @@ def _counted(
     and the hits among the test images from the binomial distribution.
     """
     rng = np.random.default_rng(0)
-    worth = float(np.clip(accuracy * (1 - accuracy) / max(spread**2, 1e-12), 1, rows))
+    # Without an error (or a hit) the rows do not spread at all: nothing says that they are worth fewer.
+    worth = float(np.clip(accuracy * (1 - accuracy) / spread**2, 1, rows)) if spread > 0 else float(rows)
     start = ndtri(rng.beta(worth * accuracy + 0.5, worth * (1 - accuracy) + 0.5, draws))
     unseen = rng.standard_normal(draws)
     share = ndtr(start + fall + unseen * np.where(unseen < 0, *blind))

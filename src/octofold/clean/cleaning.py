@@ -20,6 +20,7 @@ from octofold.data.journal import Entry, Journal
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError, preview
 from octofold.files import atomic
+from octofold.nets.models import read_card
 from octofold.predictions import Predictions
 from octofold.track import registry
 
@@ -135,6 +136,8 @@ def rank(
 def find_oof(competition: str, files: Sequence[Path], stage: str) -> list[Predictions]:
     """Return the OOF to judge by: the files given, else of the members in `stage`, else of all that were trained.
 
+    Experts for some classes are left out: what they say of the others means nothing.
+
     Raises:
         UserError: a file that is none.
     """
@@ -145,7 +148,10 @@ def find_oof(competition: str, files: Sequence[Path], stage: str) -> list[Predic
         members = registry.newest(competition)
         if members:
             log.info("no member stands in %s: the newest version of each slot speaks", stage)
-    found = [registry.oof(slot, VIEWS) for slots in members.values() for slot in slots]
+    whole = {
+        name: slots for name, slots in members.items() if not read_card(registry.fetch(slots[0])).recipe.get("classes")
+    }
+    found = [registry.oof(slot, VIEWS) for slots in whole.values() for slot in slots]
     return [oof for oof in found if oof is not None]
 
 

@@ -11,9 +11,9 @@ import pandas as pd
 
 from octofold import plots
 from octofold.data.images import PixelSpec, load
-from octofold.data.manifest import Manifest
+from octofold.data.manifest import Manifest, read
 from octofold.errors import UserError, preview
-from octofold.files import atomic
+from octofold.files import ROOT, atomic
 from octofold.metrics import METRICS, confusion
 from octofold.predictions import Predictions, average, concatenate
 
@@ -31,7 +31,8 @@ class Evaluation:
     """What was found.
 
     Attributes:
-        split: ``oof`` (no model saw the row while training), ``apparent`` (they may have) or ``test``.
+        split: ``oof`` (no model saw the row while training), ``apparent`` (they may have) or ``test`` (the data they
+            trained on is at hand and holds none of these rows).
         metrics: score by row of `metrics.METRICS`.
         manifest: the labelled rows scored, in order.
         predictions: the same rows.
@@ -100,9 +101,25 @@ def evaluate(manifest: Manifest, predictions: Predictions) -> Evaluation:
 
 
 def _split(manifest: Manifest, predictions: Predictions) -> str:
+    """Name what a score is worth; ``test`` only where the manifest trained on is there to show that no row was in it.
+
+    Another hash alone proves nothing: cleaning makes a new version of nearly the same photos.
+    """
     if predictions.is_oof:
         return "oof"
-    return "apparent" if predictions.manifest_hash == manifest.hash else "test"
+    trained = _version(manifest, predictions.manifest_hash)
+    if trained is None or np.isin(predictions.sample_ids, trained.sample_ids).any():
+        return "apparent"
+    return "test"
+
+
+def _version(manifest: Manifest, hash_: str) -> Manifest | None:
+    """The manifest of a hash: this one, or one kept by `prepare` beside it or under ``data/<competition>``."""
+    if hash_ == manifest.hash:
+        return manifest
+    homes = [ROOT / "data" / manifest.competition, *([manifest.file.parent] if manifest.file else [])]
+    files = [home / place for home in homes for place in ("manifest.csv", f"versions/{hash_[:12]}/manifest.csv")]
+    return next((found for file in files if file.exists() and (found := read(file)).hash == hash_), None)
 
 
 def _classes(manifest: Manifest, probs: Array, target: Array) -> tuple[Array, dict[str, pd.DataFrame]]:

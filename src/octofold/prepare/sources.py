@@ -251,22 +251,30 @@ def locate(names: Iterable[str], folder: Path, where: object) -> list[str]:
         posix paths relative to `folder`, in the order of `names`.
 
     Raises:
-        UserError: names that are empty, lead out of the folder, or where there is no file; each kind is listed.
+        UserError: names that are empty, lead out of the folder, have no file, or no suffix and several files; each
+            kind is listed.
     """
     root = folder.resolve()
     present = _listing(root)
     known: dict[str, str] = {}
-    found, missing, outside = [], [], []
+    twofold: dict[str, list[str]] = {}
+    found, missing, outside, doubtful = [], [], [], []
     for name in names:
         if name in present:
             found.append(name)
             continue
         if not known:
             known = {_plain(path): path for path in sorted(present, reverse=True)}
-            stems = {path.rpartition(".")[0]: path for path in sorted(known) if path.lower().endswith(SUFFIXES)}
-            known = {stem: known[path] for stem, path in stems.items()} | known
+            stems: dict[str, list[str]] = {}
+            for path in sorted(known):
+                if path.lower().endswith(SUFFIXES):
+                    stems.setdefault(path.rpartition(".")[0], []).append(path)
+            twofold = {stem: paths for stem, paths in stems.items() if len(paths) > 1 and stem not in known}
+            known = {stem: known[paths[0]] for stem, paths in stems.items()} | known
         if (inside := _inside(name, root)) is None:
             outside.append(name)
+        elif inside in twofold:  # photo.jpg beside its mask photo.png: nobody says which
+            doubtful.append(f"{name}: {preview(twofold[inside])}")
         elif inside in known:
             found.append(known[inside])
         else:
@@ -277,6 +285,13 @@ def locate(names: Iterable[str], folder: Path, where: object) -> list[str]:
             expected=f"image names inside {root}",
             got=f"{len(outside)} that lead out of it: {preview(map(repr, outside))}",
             fix="copy the files into the folder, or give --images the folder that holds them all",
+        )
+    if doubtful:
+        raise UserError(
+            where,
+            expected="one image for every name without a suffix",
+            got=f"{len(doubtful)} with several: {preview(doubtful)}",
+            fix="write the suffixes too, or keep the other files in another folder",
         )
     if missing:
         raise UserError(

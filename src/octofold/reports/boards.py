@@ -6,6 +6,7 @@ from typing import Any
 
 from octofold.blend import ledger
 from octofold.errors import UserError
+from octofold.metrics import METRICS
 from octofold.reports.scores import Score, read_history
 from octofold.track import tracking
 
@@ -68,6 +69,14 @@ def recorded(competition: str) -> list[Score]:
     runs = tracking.find_runs(competition)
     spoken = [info for info in runs if PUBLIC in info.metrics or PRIVATE in info.metrics]
     return [_score(info) for info in reversed(spoken)]
+
+
+def direction(competition: str) -> float:
+    """1 where higher is better in the metric of the newest blend, -1 where lower is; 1 where nothing was blended."""
+    runs = tracking.find_runs(competition, {"entry": "blend"}, ("FINISHED",))
+    name = runs[0].tags.get("metric", "") if runs else ""
+    own = 1.0 if not runs else float(runs[0].tags.get("metric.sign", 1.0))
+    return METRICS[name].sign if name in METRICS else own
 
 
 def _score(info: Any) -> Score:

@@ -43,6 +43,11 @@ class Member:
     when: datetime | None = None
     settings: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def is_expert(self) -> bool:
+        """Whether it was trained on some classes only: its probabilities of the others say nothing."""
+        return self.settings.get("classes", "[]") not in ("", "[]")
+
 
 @dataclass(frozen=True)
 class Blended:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octofold.blend import estimate, shakeup
+from octofold.blend.blending import METHODS
 from octofold.blend.estimate import Gain, Interval
 from octofold.data.manifest import Manifest
 from octofold.metrics import Metric, calibration_error, confusion
@@ -231,15 +232,17 @@ def ablations(facts: Facts, table: dict[str, tuple[float, Array]], values: Seque
     rows: list[tuple[str, str, Gain]] = []
     by_name = dict(zip(table, values, strict=True))
     target, groups, metric = facts.manifest.target, facts.manifest.groups, facts.metric
-    within = [name for name in facts.weights if name in by_name]
+    experts = {member.name for member in facts.members if member.is_expert}
+    within = [name for name in facts.weights if name in by_name and name not in experts]
     if "blend" in by_name and facts.main is not None and len(within) > 1:
         fold = facts.manifest.fold
         stacked = np.stack([by_name[name] for name in within])
         rivals: dict[str, Array] = {"the plain mean": stacked.mean(axis=0)}
         rivals["the best single member"] = estimate.best_single(stacked, target, fold, metric)
-        for place, name in enumerate(within[:12]):
+        method = "auto" if facts.main.method.startswith("auto: ") else facts.main.method
+        for place, name in enumerate(within[:12] if method in METHODS else []):  # weights by hand are of all of them
             rest = np.delete(stacked, place, axis=0)
-            rivals[f"without {name}"] = estimate.cross_fit(facts.main.method, rest, target, fold, metric).values
+            rivals[f"without {name}"] = estimate.cross_fit(method, rest, target, fold, metric).values
         everyone = [by_name["blend"], *rivals.values()]
         draws = estimate.bootstrap(everyone, target, groups, metric, REPS)
         scores = [metric.score(each, target) for each in everyone]

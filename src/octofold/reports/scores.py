@@ -112,9 +112,14 @@ def summary(scores: Sequence[Score]) -> dict[str, float]:
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
-def told(scores: Sequence[Score]) -> list[str]:
-    """The boards in words, best private (then public) first."""
-    order = sorted(scores, key=lambda s: [-v if math.isfinite(v) else math.inf for v in (s.private, s.public)])
+def told(scores: Sequence[Score], sign: float = 1.0) -> list[str]:
+    """The boards in words, best private (then public) first.
+
+    Args:
+        scores: what was recorded.
+        sign: 1 where higher is better, -1 where lower is.
+    """
+    order = sorted(scores, key=lambda s: [-sign * v if math.isfinite(v) else math.inf for v in (s.private, s.public)])
     lines = [f"{'submission':32} {'public':>9} {'private':>9} {'estimate':>9}  interval"]
     for score in order:
         numbers = [
@@ -126,8 +131,8 @@ def told(scores: Sequence[Score]) -> list[str]:
     if "public_private_correlation" in found:
         lines.append(f"Public against private, rank correlation: {found['public_private_correlation']:+.2f}.")
         both = [s for s in scores if math.isfinite(s.public) and math.isfinite(s.private)]
-        public_best = max(both, key=lambda s: s.public)
-        beaten = sum(s.private > public_best.private for s in both)
+        public_best = max(both, key=lambda s: sign * s.public)
+        beaten = sum(sign * s.private > sign * public_best.private for s in both)
         lines.append(
             f"The best public score ({public_best.public:.5f}, {public_best.submission}) is number {beaten + 1} of "
             f"{len(both)} on the private board."
