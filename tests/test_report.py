@@ -1,6 +1,7 @@
 """The report: read back from a real MLflow store, every number defined, and nothing in it can run or phone home."""
 
 import re
+from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -206,6 +207,33 @@ def test_points_have_a_page_too(tmp_path: Path) -> None:
     text = report.render(shown | {"advice": advice.next_steps(shown, facts)})
     assert "lower is better" in Reader(text).text
     assert not re.search(r"\b(nan|inf|None)\b", Reader(text).text)
+
+
+@pytest.mark.parametrize(
+    ("method", "compared"), [("auto: lr_mse", True), ("equal", True), ("by hand [0.6, 0.4]", False)]
+)
+def test_ablations_are_among_the_voters(tmp_path: Path, method: str, compared: bool) -> None:
+    rng = np.random.default_rng(0)
+    target = rng.integers(3, size=90)
+    table = pd.DataFrame({"sample_id": [f"s{row}" for row in range(90)], "path": "x", "fold": np.arange(90) % 3})
+    table = table.assign(label=np.array(list("abc"))[target], group="")
+    manifest = Manifest(table, "classify", ("a", "b", "c"), "world", tmp_path, file=tmp_path / "m.csv")
+    members = []
+    for name, settings in (("one", {}), ("two", {"classes": "[]"}), ("pair", {"classes": "['a', 'b']"})):
+        values = 0.5 * np.eye(3)[target] + 0.5 * rng.dirichlet(np.ones(3), 90)
+        own = Predictions(
+            manifest.sample_ids, values, manifest.classes, manifest.hash, name, "s", "none", manifest.fold
+        )
+        members.append(chronicle.Member(name, [], "production", own, settings=settings))
+    main = chronicle.Blended("r", datetime.now().astimezone(), method, "none", manifest.hash, {}, {}, {})
+    accuracy = METRICS["accuracy"]
+    weights = {"one": 0.6, "two": 0.4, "pair": 0.0}
+    mean = np.mean([member.oof.values for member in members[:2] if member.oof is not None], axis=0)
+    facts = page.Facts("world", manifest, "accuracy", accuracy, members, [main], [], [], [], main, mean, weights, "")
+    gains = {over: found for _, over, found in page.analyse(facts)["gains"]["rows"]}
+    assert gains["over the plain mean"].value == 0, "the expert is no part of it"
+    assert ("over the blend without one" in gains) is compared
+    assert "over the blend without pair" not in gains
 
 
 def test_experiments_are_pairs_that_differ_in_few_fields() -> None:
