@@ -43,15 +43,62 @@ def test_seed_changes_folds() -> None:
 def test_old_samples_keep_their_fold_and_new_ones_follow_their_group() -> None:
     groups = ["g", "g", "h", "h", "new", "new", "x", "y", "z", "w"]
     kept = np.array([3, -1, 1, 1, -1, -1, 0, 2, 4, -1])
-    fold = folds.assign(groups, ["a"] * 10, 5, 0, kept)
+    fold = folds.extend(groups, ["a"] * 10, kept, kept[kept >= 0])
     assert (fold[kept >= 0] == kept[kept >= 0]).all()
     assert fold[1] == 3
     assert fold[4] == fold[5]
 
 
 def test_a_new_group_that_joins_two_folds_moves_no_old_sample() -> None:
-    fold = folds.assign(["g", "g", "g", "g", "h"], None, 2, 0, np.array([0, 1, 1, -1, 0]))
+    kept = np.array([0, 1, 1, -1, 0])
+    fold = folds.extend(["g", "g", "g", "g", "h"], None, kept, kept[kept >= 0])
     assert fold.tolist() == [0, 1, 1, 1, 0]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.sampled_from("abc"), st.booleans()), min_size=12, max_size=80),
+    st.lists(st.integers(0, 40), min_size=2, max_size=5, unique=True),
+)
+def test_folds_of_any_numbers_are_extended(rows: list[tuple[int, str, bool]], numbers: list[int]) -> None:
+    """Old samples stay, new ones land in folds there are, and with their group wherever that lay in one fold."""
+    groups, labels = np.array([str(group) for group, _, _ in rows]), [label for _, label, _ in rows]
+    before = np.array([numbers[group % len(numbers)] for group, _, _ in rows])
+    kept = np.where([old for _, _, old in rows], before, -1)
+    if len(set(groups.tolist())) < len(set(before.tolist())):
+        return
+    fold = folds.extend(groups, labels, kept, before)
+    assert (fold[kept >= 0] == kept[kept >= 0]).all()
+    assert set(fold.tolist()) <= set(before.tolist())
+    assert folds.crossing(groups, fold) == []
+
+
+def test_folds_numbered_from_one_stay_and_stay_balanced() -> None:
+    before = np.arange(50) % 5 + 1
+    kept = np.concatenate([before, np.full(25, -1)])
+    labels = ["ab"[row // 5 % 2] for row in range(75)]
+    fold = folds.extend([str(row) for row in range(75)], labels, kept, before)
+    assert (fold[:50] == before).all()
+    assert np.bincount(fold).tolist() == [0, 15, 15, 15, 15, 15]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.35])
+def test_a_held_out_part_keeps_its_share_of_each_class(share: float) -> None:
+    """New images of the old classes, and of twenty new ones with three each: the share is held out of all of them."""
+    old, new = np.repeat(["a", "b"], [300, 100]), np.repeat(["a", "b"], [150, 150])
+    names = np.array([str(row) for row in range(760)])
+    before = folds.hold_out(names[:400], old, share)
+    kept = np.concatenate([before, np.full(360, -1)])
+    labels = np.concatenate([old, new, np.repeat([f"new {row}" for row in range(20)], 3)])
+    fold = folds.extend(names, labels, kept, before)
+    assert (fold[:400] == before).all()
+    for rows in (labels == "a", labels == "b", np.char.startswith(labels, "new")):
+        assert abs(float((fold[rows] == 0).mean()) - share) < 0.06
+
+
+@pytest.mark.parametrize("share", [0.005, 0.01, 0.02, 0.1, 0.5, 0.98, 0.995])
+def test_a_share_however_small_is_held_out(share: float) -> None:
+    fold = folds.hold_out([str(row) for row in range(400)], None, share)
+    assert abs(float((fold == 0).mean()) - share) < 0.006
 
 
 def test_big_groups_stay_balanced() -> None:

@@ -286,6 +286,18 @@ def test_hugging_face_parquet(tmp_path: Path) -> None:
         assert truth["label"].tolist() == ["zebra", "ant"] * 2
 
 
+def test_bringing_changed_data_changes_the_images(tmp_path: Path) -> None:
+    """Bitmaps of one size in bytes: only the content tells that the third is another one now."""
+    for seeds in ((0, 1, 2), (0, 1, 7)):
+        layout = hub.Layout(tmp_path / "raw")
+        for seed in seeds:
+            layout.add("train", picture(seed, "BMP"), {"label": "ab"[seed % 2]})
+        layout.close(None)
+        files = sorted((tmp_path / "raw" / "train").iterdir())
+        assert [path.read_bytes() for path in files] == [picture(seed, "BMP") for seed in seeds]
+        assert len({path.stat().st_size for path in files}) == 1
+
+
 def test_hugging_face_saved_to_disk(tmp_path: Path) -> None:
     import pyarrow as pa
 

@@ -87,6 +87,52 @@ def test_the_later_decision_wins_where_two_ids_became_one_image() -> None:
     assert labels_of(replay(entries, table(new="apple"), CLASSES, same_as={"old": "new"}).table) == {"new": "apple"}
 
 
+def at(minute: int, sample: str, action: str = "keep", **more: str) -> Entry:
+    return act(sample, action, time=f"2026-05-01T10:{minute:02d}:00.000+00:00", **more)
+
+
+def test_the_later_decision_wins_in_two_journals_put_together(tmp_path: Path) -> None:
+    """By the clock, whichever file came first; and an undo takes back its own entry, no other."""
+    one = [at(5, "a", "drop"), at(1, "b", "relabel", target="kiwi"), at(7, "c", "drop", entry="mistake")]
+    one += [at(8, "c", "undo", undoes="mistake"), at(9, "d", "skip"), at(3, "old", "drop")]
+    two = [at(2, "a"), at(6, "b", "relabel", target="лимон"), at(3, "c", "relabel", target="kiwi")]
+    two += [at(4, "d", "drop"), at(2, "new")]
+    for number, files in enumerate(((one, two), (two, one))):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text("".join(entry.line() for part in files for entry in part))
+        found = read(path)
+        assert found.damaged == []
+        assert {name: found.decisions()[name].action for name in "abcd"} == {
+            "a": "drop", "b": "relabel", "c": "relabel", "d": "drop"
+        }  # fmt: skip
+        standing = found.standing("a")
+        assert standing is not None
+        assert standing.action == "drop"
+        done = replay(found, table(a="apple", b="apple", c="apple", d="apple", new="apple"), CLASSES, {"old": "new"})
+        assert labels_of(done.table) == {"b": "лимон", "c": "kiwi"}, "of two ids that are one image, too"
+
+
+def test_a_slow_clock_does_not_undo_a_change_of_mind(tmp_path: Path) -> None:
+    """Two machines on one journal: who saw the other's act and overrode it is later, whatever the clocks say."""
+    journal = Journal(tmp_path / "j.jsonl")
+    first = at(30, "a", reviewer="clock runs ahead")
+    second = at(10, "a", "drop", reviewer="right clock", after=first.entry)
+    third = at(11, "a", "relabel", target="kiwi", after=second.entry)
+    for entry in (first, second, third):
+        assert journal.append([entry]) == ([entry], [])
+        assert journal.standing("a") == entry
+    assert journal.append([at(12, "a", "undo", undoes=third.entry)])[1] == []
+    assert journal.standing("a") == second
+    assert read(journal.path).decisions() == {"a": second}
+
+
+@pytest.mark.parametrize("time", ["yesterday", "0001-01-01T00:00:00+23:59", "2026-05-01T10:00:00", "9999-12-31"])
+def test_any_time_is_read(time: str) -> None:
+    """An unreadable time: lines in their order. A time without a zone is UTC."""
+    done = replay([act("a", "drop", time=time), act("a", time=time)], table(a="apple"), CLASSES)
+    assert done.report["action"].tolist() == ["keep"]
+
+
 def test_keypoints_have_no_label_and_can_be_dropped() -> None:
     points = pd.DataFrame({"sample_id": ["a", "b"], "nose_x": [1.0, 2.0], "nose_y": [3.0, float("nan")]})
     done = replay([act("a", "drop", label=""), act("b", label="")], points, ("nose",))

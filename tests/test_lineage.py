@@ -107,6 +107,33 @@ def test_new_images_find_a_fold_and_old_ones_keep_theirs(photos: Path) -> None:
     assert fresh["fold"].nunique() == 3
 
 
+def test_a_users_fold_numbers_stay_when_images_are_added(photos: Path) -> None:
+    names = sorted(path.name for path in (photos / "p").rglob("*.png"))
+    rows = "".join(f"{'ab'[int(name[:-4]) % 2]}/{name},{row % 3 + 1}\n" for row, name in enumerate(names))
+    (photos / "f.csv").write_text("image,fold\n" + rows)
+    first, paths = run(photos, folds_file=photos / "f.csv")
+    assert first.manifest.folds == [1, 2, 3]
+    for row in range(30, 42):
+        scene(row, 48).save(photos / "p" / "ab"[row % 2] / f"{row}.png")
+    second, _ = run(photos, previous=paths["manifest"])
+    old, new = folds_of(first.manifest), folds_of(second.manifest)
+    assert all(new[name] == fold for name, fold in old.items())
+    assert np.bincount(second.manifest.fold).tolist() == [0, 12, 12, 12]
+
+
+def test_new_images_leave_the_held_out_share_as_it_was(photos: Path) -> None:
+    first, paths = run(photos, holdout=0.25)
+    for row in range(30, 54):
+        scene(row, 48).save(photos / "p" / "ab"[row % 2] / f"{row}.png")
+    second, _ = run(photos, previous=paths["manifest"])
+    old, new = folds_of(first.manifest), folds_of(second.manifest)
+    assert all(new[name] == fold for name, fold in old.items())
+    assert np.bincount(first.manifest.fold).tolist() == [6, 18]
+    assert np.bincount(second.manifest.fold).tolist() == [12, 36]
+    drawn = second.manifest.table.groupby("label")["fold"].apply(lambda fold: int((fold == 0).sum()))
+    assert drawn.tolist() == [6, 6]
+
+
 def test_re_encoded_images_keep_fold_and_decision(photos: Path) -> None:
     first, _ = run(photos)
     journal = decide(photos, first.manifest, {"a/0.png": ("relabel", "b"), "a/4.png": ("drop", "")})

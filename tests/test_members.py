@@ -4,10 +4,24 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from conftest import REPOSITORY, House
+from octofold.commands import Train
+from octofold.data import manifest
+from octofold.data.manifest import Manifest
+from octofold.errors import UserError
+from octofold.nets import models
+from octofold.predictions import Predictions
+from octofold.recipe import Recipe
+from octofold.track import registry, tracking
+from octofold.train import checkpoint, members
 from world import make_world
 
 RUNS = """
@@ -81,3 +95,103 @@ def test_an_interrupted_training_refuses_other_settings_before_it_touches_anythi
     (folder / "identity.json").write_text('{"recipe batch_size": "8", "fold": "1"}')
     refuses(house.run("train", *flags, "--optim.lr", "0.5"), "recipe optim.lr (default -> 0.5)")
     assert runs_of(house)["runs"] == []
+
+
+@pytest.fixture
+def table(mlruns: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
+    """A world whose members are trained in this process."""
+    for module in ("data.images", "train.features", "train.calibration", "train.members", "nets.engine"):
+        monkeypatch.setattr(f"octofold.{module}.ROOT", mlruns.parent)
+    torch.set_num_threads(1)
+    make_world(mlruns.parent, samples=18, folds=2)
+    return manifest.read(mlruns.parent / "manifest.csv")
+
+
+def train(table: Manifest, **changes: Any) -> dict[str, Any]:
+    """Train a member of two folds, of one epoch each."""
+    settings: dict[str, Any] = {
+        "member": "m", "model": {"name": "small_cnn", "input_size": 16}, "augment": {"preset": "none"},
+        "phases": [{"epochs": 1}], "batch_size": 8, "tta": "none", "manifest": table.file, "parallel": 1,
+        "runtime": {"precision": "fp32", "channels_last": "on", "device": "cpu", "threads": 1},
+    }  # fmt: skip
+    return members.train(Train.model_validate(settings | changes))
+
+
+def test_what_is_promoted_is_what_is_reported(table: Manifest) -> None:
+    first = train(table, batch_size=6)
+    train(table, batch_size=9)
+    again = train(table, batch_size=6, stage="production")
+    assert again["slots"] == first["slots"] == ["tiny.m.f0.s0/1", "tiny.m.f1.s0/1"]
+    assert [slot.version for slot in registry.resolve("tiny", "production")["m"]] == [1, 1]
+
+
+def test_the_member_shows_the_score_of_the_last_call_and_of_which_slots(table: Manifest) -> None:
+    few = train(table, folds=[0])
+    every = train(table)
+    parent = tracking.get_run(every["run_id"])
+    assert few["run_id"] == every["run_id"]
+    assert parent.metrics["oof/accuracy"] == every["oof/accuracy"]
+    assert (parent.tags["folds"], parent.tags["seeds"]) == ("0,1", "0")
+    with tracking.run("train", None, "tiny") as run:
+        for value in (0.5, 0.75, 0.75, float("nan"), float("nan")):
+            members._log_latest(run, {"oof/accuracy": value})
+        assert run.metric_steps("oof/accuracy") == {0, 1, 2}
+
+
+def test_views_that_were_not_predicted_are_asked_for_in_words(table: Manifest) -> None:
+    train(table, folds=[0], tta="flip")
+    assert "oof.none/accuracy" in train(table, tta="none"), "fold 1 knows nothing of flip"
+    with pytest.raises(UserError, match=r"(?s)tiny.m.f0.s0/1.*geo8.*flip, none.*--restart true"):
+        train(table, tta="geo8")
+    assert "oof.geo8/accuracy" in train(table, tta="geo8", restart=True)
+
+
+def test_weights_that_saw_the_held_out_rows_are_no_start(table: Manifest, caplog: pytest.LogCaptureFixture) -> None:
+    train(table)
+    network = {"name": "small_cnn", "input_size": 16}
+    with pytest.raises(UserError, match=r"(?s)fold 1 of tiny.*m of fold 0.*use \{fold\}"):
+        train(table, member="next", model=network | {"weights": "models:/tiny.m.f0.s0/1"})
+    assert not registry.models("tiny", ["next"]), "refused before the first slot"
+    train(table, member="next", model=network | {"weights": "models:/tiny.m.f{fold}.s0/1"})
+    assert "was trained on manifest" not in caplog.text
+    kept = registry.fetch(registry.newest("tiny", ["m"])["m"][0])
+    recipe = Recipe()
+    other = Manifest(table.table, table.task, table.classes, "elsewhere", table.images)
+    members._check_start(recipe, other, 1, kept)
+    members._check_start(recipe, table, 1, kept / "other.pth")
+    with pytest.raises(UserError, match="would flatter"):
+        members._check_start(recipe, table, 1, kept / "model.safetensors")
+    models.write_model(kept, *_of_other_manifest(kept))
+    members._check_start(recipe, table, 0, kept)
+    assert "was trained on manifest elder" in caplog.text
+
+
+def _of_other_manifest(folder: Path) -> tuple[models.Net, models.ModelCard]:
+    net, card = models.read_model(folder)
+    card.manifest_hash = "elder"
+    return net, card
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        (lambda path: {"distill": {"teacher": path}}, "distill.teacher.sha256"),
+        (lambda path: {"augment": {"easy": {"by": "accuracy", "oof": path}}}, "augment.easy.oof.sha256"),
+    ],
+    ids=["teacher", "easy"],
+)
+def test_a_file_learned_from_counts_by_its_contents(
+    table: Manifest, tmp_path: Path, changes: Callable[[str], dict[str, Any]], name: str
+) -> None:
+    def learn(seed: int) -> tuple[list[str], dict[str, str]]:
+        values = np.random.default_rng(seed).dirichlet(np.ones(3), len(table.table)).astype(np.float32)
+        said = Predictions(table.sample_ids, values, table.classes, table.hash, "b", "w", "none", table.fold)
+        path = str(said.save(tmp_path / "oof.parquet"))
+        recipe = Recipe.model_validate(changes(path))
+        return train(table, folds=[0], **changes(path))["slots"], checkpoint.identity(recipe, table.hash, 0, 0)
+
+    (first, one), (same, _), (other, two) = learn(0), learn(0), learn(1)
+    assert first == same == ["tiny.m.f0.s0/1"]
+    assert other == ["tiny.m.f0.s0/2"]
+    assert [key for key in one if one[key] != two[key]] == [name]
+    assert not checkpoint.fingerprints(Recipe())

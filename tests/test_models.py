@@ -49,6 +49,24 @@ def test_forward_is_head_of_features(name: str, head: str) -> None:
     assert not trunk & top
 
 
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "resnet18", "small_cnn"])
+def test_synchronised_it_computes_the_same(name: str) -> None:
+    """The first has timm's BatchNorms that hold an activation, the others torch's own."""
+    torch.manual_seed(0)
+    net = build(Model(name=name, input_size=32), 3)
+    net(make_images(count=8))  # statistics that are not those of the start
+    images, before = make_images(), {name: value.clone() for name, value in net.state_dict().items()}
+    with torch.no_grad():
+        wanted = net.eval()(images)
+        found = models.synchronised(net)
+        assert torch.equal(found(images), wanted)
+    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in found.modules())
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in found.modules())
+    after = found.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
 def test_simple_cnn_is_the_original() -> None:
     """Original 001: 455 682 parameters for two classes; v2 has 9 x 32 more, for the fourth channel."""
     count = {

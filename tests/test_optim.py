@@ -161,10 +161,20 @@ def test_swa_is_the_mean_and_ema_its_closed_form() -> None:
 def test_refreshed_statistics_are_those_of_the_data() -> None:
     net = nn.Sequential(nn.BatchNorm2d(2))
     data = torch.randn(64, 2, 4, 4) * 3 + 5
-    optim.refresh_statistics(net, data.split(16))
+    optim.refresh_statistics(net, data.split(16), net)
     assert torch.allclose(net[0].running_mean, data.mean(dim=(0, 2, 3)), atol=1e-4)
     assert net[0].momentum == 0.1
     assert net.training
+
+
+def test_statistics_are_refreshed_only_in_the_part_asked_for() -> None:
+    net = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2)).eval()
+    data = torch.randn(64, 2, 4, 4) * 3 + 5
+    optim.refresh_statistics(net, data.split(16), net[1])
+    assert torch.equal(net[0].running_mean, torch.zeros(2))  # it also ran with these, not with the batch's
+    assert torch.allclose(net[1].running_mean, data.mean(dim=(0, 2, 3)), atol=1e-3)
+    assert not net.training
+    assert not net[1].training
 
 
 def test_the_loss_scale_halves_on_overflow_and_recovers() -> None:

@@ -251,6 +251,36 @@ def test_a_mirrored_photo_is_found_by_its_embedding_and_kept_in_one_fold(tmp_pat
 
 
 @pytest.mark.real
+def test_new_twins_stay_together_when_test_images_come_later(tmp_path: Path, grocery15: Path) -> None:
+    """No cut was ever chosen, so the embedding's pairs are all there is to keep mirrored photos in one fold."""
+    table = pd.read_csv(grocery15 / "train.csv").iloc[::60].head(20)
+    rows = []
+
+    def add(name: str, label: str, picture: Image.Image) -> None:
+        (tmp_path / "p").mkdir(exist_ok=True)
+        picture.save(tmp_path / "p" / name, quality=90)
+        rows.append((name, label))
+        pd.DataFrame(rows, columns=["image", "label"]).to_csv(tmp_path / "l.csv", index=False)
+
+    for number, (name, label) in enumerate(zip(table["image"], table["label"], strict=True)):
+        photo = Image.open(grocery15 / "train" / name)
+        if number == 10:
+            flags = config(tmp_path, labels=tmp_path / "l.csv")
+            preparing.write(preparing.prepare(flags), flags)
+        add(f"{number}.jpg", label, photo)
+        if number >= 10:
+            add(f"{number}m.jpg", label, ImageOps.mirror(photo))
+    (tmp_path / "t").mkdir()
+    for name in pd.read_csv(grocery15 / "train.csv")["image"].iloc[30::300]:
+        Image.open(grocery15 / "train" / name).save(tmp_path / "t" / Path(name).name)
+    flags = config(tmp_path, labels=tmp_path / "l.csv", test_images=tmp_path / "t",
+                   previous=tmp_path / "out" / "manifest.csv")  # fmt: skip
+    made = preparing.prepare(flags).manifest.table.set_index("path")
+    together = [made.loc[f"{row}.jpg", "group"] == made.loc[f"{row}m.jpg", "group"] != "" for row in range(10, 20)]
+    assert sum(together) >= 9, together
+
+
+@pytest.mark.real
 def test_real_keypoints(tmp_path: Path, mousekp: Path) -> None:
     flags = config(tmp_path, images=mousekp / "train", labels=mousekp / "train.csv", task="keypoints", folds=5)
     manifest = preparing.prepare(flags).manifest

@@ -141,6 +141,39 @@ def test_slots_of_two_recipes_need_force(register: Callable[..., None]) -> None:
     assert standing() == {"tiny.f0.s0": 2, "tiny.f1.s0": 1}
 
 
+def test_the_versions_that_were_filled_move_though_newer_ones_are_there(register: Callable[..., None]) -> None:
+    register()
+    register(recipe_hash="another")
+    filled = [f"pets.tiny.f{fold}.s0/1" for fold in (0, 1)]
+    assert [(move.name, move.version) for move in promote(filled=filled)] == [
+        ("pets.tiny.f0.s0", 1),
+        ("pets.tiny.f1.s0", 1),
+    ]
+    assert standing() == {"tiny.f0.s0": 1, "tiny.f1.s0": 1}
+    rollback()
+    assert standing() == {}
+    with pytest.raises(UserError, match="nothing registered as pets.tiny.f0.s0/9"):
+        promote(filled=["pets.tiny.f0.s0/9"])
+    with pytest.raises(UserError, match="among those folds"):
+        promote(filled=[])
+
+
+def test_what_stands_in_the_other_slots_counts_at_the_gate_and_stays(register: Callable[..., None]) -> None:
+    register()
+    promote()
+    register(seed=1)
+    register(folds=[0])  # newer, but nobody asked for it
+    seeded = [f"pets.tiny.f{fold}.s1/1" for fold in (0, 1)]
+    assert {move.name for move in promote(filled=seeded)} == {"pets.tiny.f0.s1", "pets.tiny.f1.s1"}
+    assert standing() == {"tiny.f0.s0": 1, "tiny.f1.s0": 1, "tiny.f0.s1": 1, "tiny.f1.s1": 1}
+    register(recipe_hash="another")
+    with pytest.raises(UserError, match="different recipes"):
+        promote(filled=["pets.tiny.f0.s0/3", "pets.tiny.f1.s0/2"])
+    register(seed=2)
+    with pytest.raises(UserError, match="fold 1 seed 2"):
+        promote(filled=["pets.tiny.f0.s2/1"])
+
+
 def test_unknown_member_and_empty_choice(register: Callable[..., None]) -> None:
     register()
     with pytest.raises(UserError, match="members there: tiny"):

@@ -128,6 +128,29 @@ def test_a_stop_file_and_control_c_leave_the_same_state(home: Path) -> None:
     assert not (home / "stopped" / "stop").exists()
 
 
+def test_stopped_before_batchnorm_is_counted_it_ends_with_the_same_bits(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stochastic depth is at work while it is counted."""
+    changes: dict[str, Any] = {
+        "model": {"name": "mobilenetv3_small_050", "input_size": 32, "drop_path": 0.5},
+        "average": {"kind": "swa", "start_epoch": 0},
+        "phases": [{"epochs": 1}],
+        "select": "last",
+    }
+    whole = train(home, "whole", **changes)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("octofold.train.optim.refresh_statistics", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(home, "stopped", **changes)
+    sha = (whole.model_folder / "model.safetensors").read_bytes()
+    assert (train(home, "stopped", **changes).model_folder / "model.safetensors").read_bytes() == sha
+
+
 def test_a_changed_recipe_manifest_or_code_is_refused_by_name(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(epoch: int, metrics: dict[str, float]) -> None:
         (home / "slot" / "stop").touch()

@@ -1,5 +1,6 @@
 """Training: the loop on tiny worlds, the ways round it that must not matter, and what users get wrong."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from octofold.compute import Devices
+from octofold.data.images import PixelSpec, open_cache
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError
-from octofold.nets import models
+from octofold.nets import augment, models
 from octofold.recipe import Recipe
-from octofold.train import calibration, interrupt, job, training
+from octofold.train import calibration, features, interrupt, job, outcome, training
+from octofold.train.features import FrozenTrunk
 from world import make_world
 
 PINNED = {"precision": "fp32", "channels_last": "on"}
@@ -122,6 +125,29 @@ def test_cached_features_equal_the_plain_way(home: Path, monkeypatch: pytest.Mon
         assert np.allclose(predictions.values, plain.oof[views].values, atol=1e-5)
 
 
+def test_features_of_replicas_are_made_anew_when_the_augmentation_changed(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = make_world(home, samples=12)
+    recipe = recipe_of()
+    net = models.build(recipe.model, 3).eval()
+    cache = open_cache(table, PixelSpec(16, recipe.model.fit, recipe.model.crop_pct))
+
+    def files() -> int:
+        trunk = FrozenTrunk(net, cache, "tiny", "small_cnn")
+        trunk.of_views()
+        trunk.of_replicas("baseline", 2)
+        return len(list((home / "data" / "tiny" / "cache").glob("features-*.npy")))
+
+    assert [files(), files()] == [3, 3]  # a view and two replicas
+    changed = home / "augment.py"
+    changed.write_text(Path(str(augment.__file__)).read_text() + "# changed\n")
+    monkeypatch.setattr(augment, "__file__", str(changed))
+    assert files() == 5, "the view is what it was"
+    monkeypatch.setattr(features, "version", lambda library: f"another {library}")
+    assert files() == 7
+
+
 def test_a_frozen_trunk_does_not_move(home: Path) -> None:
     table = make_world(home, samples=36)
     changes = {"phases": [{"epochs": 1, "train": "head"}], "augment": {"preset": "baseline"}}
@@ -130,6 +156,51 @@ def test_a_frozen_trunk_does_not_move(home: Path) -> None:
     one, two = weights(result), weights(again)
     assert all(torch.equal(value, two[name]) for name, value in one.items() if name.startswith("trunk"))
     assert any(not torch.equal(value, two[name]) for name, value in one.items() if name.startswith("head"))
+
+
+@pytest.mark.parametrize("head", ["linear", "heatmap"])
+def test_averaged_weights_keep_the_statistics_of_a_frozen_trunk(home: Path, head: str) -> None:
+    """It ran with them in eval mode; counted afresh they would be others. A head that has some counts its own."""
+    model = {"name": "small_cnn", "input_size": 16, "head": head}
+    table = make_world(home, samples=36, task="classify" if head == "linear" else "keypoints")
+    swa = {"kind": "swa", "start_epoch": 0}
+    phases = [{"epochs": 2, "train": "head"}]
+    result = train(home, table, model=model, phases=phases, average=swa, select="last")
+    assert models.read_card(result.model_folder).info["chosen"] == "swa"
+    found = weights(result)
+    means = [name for name in found if name.endswith("running_mean")]
+    assert {name.split(".")[0] for name in means} == ({"trunk"} if head == "linear" else {"trunk", "head"})
+    for name in means:  # it began with zeros
+        assert bool(found[name].any()) == name.startswith("head"), name
+    moved = weights(
+        train(
+            home, table, "moved", model=model, phases=[*phases, {"name": "b", "epochs": 1}], average=swa, select="last"
+        )
+    )
+    assert all(bool(moved[name].any()) for name in means)
+
+
+def test_batchnorm_is_counted_in_equal_batches_of_all_classes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = make_world(home, samples=60)
+    table = dataclasses.replace(table, table=table.table.sort_values("label", kind="stable").reset_index(drop=True))
+    monkeypatch.setattr(outcome, "VALID_BATCH", 12)  # 39 rows to train on
+    made = job.open_job(recipe_of(), table, 0, 0, home / "slot", Devices(torch.device("cpu")))
+    batches = [batch.permute(0, 2, 3, 1).numpy() for batch in outcome._plain_batches(made)]
+    assert [len(batch) for batch in batches] == [12, 12, 12]
+    row_of = {made.cache.square(row).tobytes(): row for row in made.train_rows.tolist()}
+    drawn = [[row_of[image.tobytes()] for image in batch] for batch in batches]
+    assert len({row for rows in drawn for row in rows}) == 36
+    assert all(len(set(table.target[rows])) == 3 for rows in drawn)
+    again = [batch.permute(0, 2, 3, 1).numpy() for batch in outcome._plain_batches(made)]
+    assert all(np.array_equal(one, two) for one, two in zip(batches, again, strict=True))
+    monkeypatch.setattr(outcome, "VALID_BATCH", 64)
+    assert [len(batch) for batch in outcome._plain_batches(made)] == [len(made.train_rows)]
+
+
+def test_a_batch_too_small_for_all_processes_is_refused(home: Path) -> None:
+    table, third = make_world(home, samples=36), Devices(torch.device("cpu"), 2, 3)
+    with pytest.raises(UserError, match=r"batch_size 16(.|\n)*over 16 for 3 processes"):
+        job.open_job(recipe_of(batch_size=16), table, 0, 0, home / "slot", third)
 
 
 @pytest.mark.parametrize(

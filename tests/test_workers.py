@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from conftest import REPOSITORY
-from octofold import workers
+from octofold import compute, workers
 from octofold.errors import UserError
 from octofold.workers import Job
 
@@ -49,6 +49,15 @@ def wait_for_the_end(folder: str) -> None:
     except KeyboardInterrupt:
         (Path(folder) / "checkpoint").touch()
         raise
+
+
+def stop_when_begun(folder: str) -> None:
+    """End as a training whose `stop` file was found, and count how often."""
+    while not (Path(folder) / "begun").exists():
+        pass
+    with (Path(folder) / "stops").open("a") as file:
+        file.write("x")
+    raise KeyboardInterrupt
 
 
 def fail_when_begun(folder: str) -> None:
@@ -106,6 +115,33 @@ def test_when_one_fails_the_others_are_stopped_in_order(tmp_path: Path) -> None:
             lambda _: None,
         )
     assert (tmp_path / "checkpoint").exists()
+
+
+def test_a_job_that_is_asked_to_stop_stops_all_and_is_not_begun_again(tmp_path: Path) -> None:
+    jobs = [
+        Job("long", ("test_workers", "wait_for_the_end", (str(tmp_path),))),
+        Job("asked", ("test_workers", "stop_when_begun", (str(tmp_path),))),
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        run(workers.call, jobs)
+    assert (tmp_path / "stops").read_text() == "x"
+    assert (tmp_path / "checkpoint").exists()
+
+
+@pytest.mark.parametrize(
+    ("visible", "places"),
+    [(None, ["0", "1", "0"]), ("5,3", ["5", "3", "5"]), ("GPU-8f, GPU-2a", ["GPU-8f", "GPU-2a", "GPU-8f"])],
+)
+def test_workers_share_the_gpus_the_user_lets_us_see(
+    visible: str | None, places: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    told = [compute._environment(2, 2, place) for place in range(3)]
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in told] == places
+    assert {one["OMP_NUM_THREADS"] for one in told} == {"2"}
+    assert "CUDA_VISIBLE_DEVICES" not in compute._environment(2, 0, 0)
 
 
 def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:

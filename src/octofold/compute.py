@@ -195,7 +195,11 @@ def _in_turn(function: Callable[..., Any], jobs: Sequence[Job], report: Callable
 def _environment(threads: int, gpus: int, place: int) -> dict[str, str]:
     """Variables of one local worker: its share of the cores, its GPU."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return {name: str(threads) for name in names} | ({"CUDA_VISIBLE_DEVICES": str(place % gpus)} if gpus else {})
+    told = {name: str(threads) for name in names}
+    if gpus:  # of those the user lets us see, by the names they were given: numbers, or UUIDs
+        visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+        told["CUDA_VISIBLE_DEVICES"] = (visible or [str(number) for number in range(gpus)])[place % gpus]
+    return told
 
 
 def _on_ray(

@@ -67,6 +67,7 @@ def run(
     Raises:
         UserError: a job's own, or its process died `retries` + 1 times. The others are stopped as by Ctrl-C.
         RuntimeError: a job failed otherwise; the text holds its traceback.
+        KeyboardInterrupt: a job was asked to stop, by a file or a signal to its process; so are the others.
     """
     waiting, died = deque(jobs), Counter[str]()
     results: dict[str, Any] = {}
@@ -92,6 +93,8 @@ def run(
                     _mourn(job, worker.process.exitcode, died[job.key], retries)
                     waiting.appendleft(job)
                     continue
+                if kind == "stopped":
+                    raise KeyboardInterrupt
                 if kind != "done":
                     raise value if isinstance(value, UserError) else RuntimeError(f"job {job.key} failed:\n{value}")
                 results[job.key] = value
@@ -173,6 +176,8 @@ def _outcome(module: str, name: str, arguments: tuple[Any, ...]) -> tuple[str, A
         return "done", call(module, name, arguments)
     except UserError as error:
         return "error", error
+    except KeyboardInterrupt:  # by its `stop` file, or by us, who then no longer listen
+        return "stopped", None
     except Exception:
         return "error", traceback.format_exc()
 

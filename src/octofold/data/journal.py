@@ -5,11 +5,13 @@ names its sample by `sample_id`, which is content, so decisions outlive moves, r
 """
 
 import json
+import math
 import os
 import re
 import stat
 import threading
 import uuid
+from bisect import insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -120,7 +122,8 @@ class Journal:
         self.entries: list[Entry] = []
         self.damaged: list[tuple[int, str]] = []
         self._by_id: dict[str, Entry] = {}
-        self._standing: dict[str, list[Entry]] = {}
+        self._standing: dict[str, list[Entry]] = {}  # in order of time
+        self._moments: dict[str, tuple[float, int]] = {}
         self._offset = 0
         self._lines = 0
 
@@ -168,10 +171,26 @@ class Journal:
         if entry.action == "undo" and not self._undo(entry):
             self.damaged.append((self._lines, f"undoes {entry.undoes}, which does not stand here"))
             return
+        self._moments[entry.entry] = self._moment(entry)
         if entry.action != "undo":
-            self._standing.setdefault(entry.sample_id, []).append(entry)
+            insort(self._standing.setdefault(entry.sample_id, []), entry, key=lambda one: self._moments[one.entry])
         self._by_id[entry.entry] = entry
         self.entries.append(entry)
+
+    def _moment(self, entry: Entry) -> tuple[float, int]:
+        """When an act was done (s) and its line: in a file made of two, a later line may be the earlier act.
+
+        Clocks differ, so an act is never earlier than the one its reviewer saw. Where the time cannot be read, the
+        line stands in for it: as late as the line before.
+        """
+        before = self._moments[self.entries[-1].entry][0] if self.entries else -math.inf
+        seen = self._moments.get(entry.after, (-math.inf, 0))[0]
+        try:
+            time = datetime.fromisoformat(entry.time)
+            own = (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
+        except (ValueError, OverflowError):
+            own = before
+        return max(own, seen), self._lines
 
     def _undo(self, undo: Entry) -> bool:
         standing = self._standing.get(undo.sample_id, [])
@@ -185,15 +204,15 @@ class Journal:
         return found[-1] if found else None
 
     def decisions(self) -> dict[str, Entry]:
-        """``{sample_id: standing entry}`` in file order, skips left out: a skip decides nothing."""
+        """``{sample_id: standing entry}`` in order of time, skips left out: a skip decides nothing."""
         firm = {
             entry.sample_id: entry.entry
             for entries in self._standing.values()
             for entry in entries
             if entry.action != "skip"
         }
-        last = set(firm.values())
-        return {entry.sample_id: entry for entry in self.entries if entry.entry in last}
+        order = sorted(firm.values(), key=self._moments.__getitem__)
+        return {self._by_id[one].sample_id: self._by_id[one] for one in order}
 
     def append(self, entries: Iterable[Entry]) -> tuple[list[Entry], list[tuple[Entry, Entry | None]]]:
         """Write acts at once, those first checked against what others wrote meanwhile.

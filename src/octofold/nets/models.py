@@ -17,7 +17,7 @@ from octofold.files import atomic, read_json, sha256_file, write_json
 from octofold.nets import weights
 from octofold.nets.networks import OWN, Cnn, Heatmap, Net, has_highpass
 
-__all__ = ["ModelCard", "Net", "build", "depths", "read_card", "read_model", "write_model"]
+__all__ = ["ModelCard", "Net", "build", "depths", "read_card", "read_model", "synchronised", "write_model"]
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -67,6 +67,17 @@ def build(config: recipe.Model, outputs: int, load_weights: bool = True, start: 
     if load_weights:
         _try_size(net, config)
     return net
+
+
+def synchronised(net: Net) -> Net:
+    """Make every BatchNorm normalise by the batches of all processes together; weights and their names stay.
+
+    By timm's conversion: torch's own would lose the activations that timm's `BatchNormAct2d` holds.
+    """
+    from timm import layers
+
+    converted: Net = layers.convert_sync_batchnorm(net)  # type: ignore[attr-defined, no-untyped-call]
+    return converted
 
 
 def _own(config: recipe.Model) -> nn.Module:

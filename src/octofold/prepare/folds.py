@@ -16,7 +16,6 @@ def assign(
     labels: Sequence[str] | npt.NDArray[np.str_] | None,
     folds: int,
     seed: int = 0,
-    kept: Ints | None = None,
 ) -> Ints:
     """Give each sample a fold.
 
@@ -28,8 +27,6 @@ def assign(
         labels: ``(N,)`` text to stratify by, or None (points).
         folds: how many.
         seed: of the order.
-        kept: ``(N,)`` folds of an earlier manifest, -1 where the sample is new. Old samples keep theirs even where
-            a new group joins two folds; a new sample goes with its group's old members (the fold most of them have).
 
     Returns:
         ``(N,)`` int, 0 … folds-1.
@@ -37,9 +34,66 @@ def assign(
     Raises:
         UserError: fewer groups than folds.
     """
+    group, label = _numbered(groups, labels, folds)
+    return _deal(np.full(len(group), -1, np.int64), group, label, folds, seed)
+
+
+def extend(
+    groups: Sequence[str] | npt.NDArray[np.str_],
+    labels: Sequence[str] | npt.NDArray[np.str_] | None,
+    kept: Ints,
+    before: Ints,
+    seed: int = 0,
+) -> Ints:
+    """Give new samples a fold of an earlier manifest, whatever its numbers; folds keep their shares of each class.
+
+    Args:
+        groups, labels, seed: as in `assign`.
+        kept: ``(N,)`` folds of the earlier manifest, -1 where the sample is new. Old samples keep theirs even where
+            a new group joins two folds; a new sample goes with its group's old members (the fold most of them have).
+        before: ``(M,)`` the folds of all samples of that manifest; how big each is says what share it is to have.
+
+    Returns:
+        ``(N,)`` int, numbers from `before` (or `kept`).
+
+    Raises:
+        UserError: fewer groups than folds.
+    """
+    numbers, sizes = np.unique(np.concatenate([before, kept[kept >= 0]]), return_counts=True)
+    group, label = _numbered(groups, labels, len(numbers))
+    fold = np.where(kept >= 0, np.searchsorted(numbers, kept), -1).astype(np.int64)
+    _follow_group(fold, group, len(numbers))
+    owner = _parts(sizes / sizes.sum())
+    part = np.full(len(fold), -1, np.int64)
+    for place in range(len(numbers)):  # what a fold has lies evenly in its parts: all of them want more alike
+        rows, mine = np.flatnonzero(fold == place), np.flatnonzero(owner == place)
+        alone = np.arange(len(rows), dtype=np.int64)
+        part[rows] = mine[_deal(np.full(len(rows), -1, np.int64), alone, label[rows], len(mine), seed)]
+    found: Ints = numbers[owner[_deal(part, group, label, len(owner), seed)]].astype(np.int64)
+    return found
+
+
+def _parts(shares: npt.NDArray[np.float64]) -> Ints:
+    """``(P,)`` the fold each of P equal parts belongs to: the fewest parts that give folds their shares within 5 %."""
+
+    def whole(count: int) -> Ints:
+        return np.maximum(np.round(shares * count), 1).astype(np.int64)
+
+    def error(count: int) -> float:
+        mine = whole(count)
+        return float(np.abs(mine / mine.sum() / shares - 1).max())
+
+    counts = range(len(shares), len(shares) + 100)
+    best = next((count for count in counts if error(count) <= 0.05), min(counts, key=error))
+    return np.repeat(np.arange(len(shares), dtype=np.int64), whole(best))
+
+
+def _numbered(
+    groups: Sequence[str] | npt.NDArray[np.str_], labels: Sequence[str] | npt.NDArray[np.str_] | None, folds: int
+) -> tuple[Ints, Ints]:
+    """``(N,)`` numbers of groups and of labels, 0 …; refuses fewer groups than folds."""
     group = pd.factorize(np.asarray(groups, dtype=str))[0].astype(np.int64)
     label = np.zeros(len(group), np.int64) if labels is None else pd.factorize(np.asarray(labels, dtype=str))[0]
-    fold = np.full(len(group), -1, np.int64) if kept is None else np.where(kept < folds, kept, -1).astype(np.int64)
     count = int(group.max(initial=-1)) + 1
     if count < folds:
         raise UserError(
@@ -48,7 +102,11 @@ def assign(
             got=f"{count}",
             fix="fewer --folds, or another --group",
         )
-    _follow_group(fold, group, folds)
+    return group, label.astype(np.int64)
+
+
+def _deal(fold: Ints, group: Ints, label: Ints, folds: int, seed: int) -> Ints:
+    """Fill in ``(N,)`` folds that are -1, as `assign` says; in place, and returned."""
     counts = np.zeros((folds, int(label.max(initial=0)) + 1))
     np.add.at(counts, (fold[fold >= 0], label[fold >= 0]), 1)
     target = np.maximum(np.bincount(label, minlength=counts.shape[1]), 1)
@@ -76,9 +134,12 @@ def hold_out(
     seed: int = 0,
 ) -> Ints:
     """Hold a share out as fold 0, stratified and by whole groups; the rest is fold 1. Arguments as in `assign`."""
-    parts = min(range(2, 41), key=lambda count: (abs(max(1, round(share * count)) / count - share) > 0.005, count))
-    held = max(1, round(share * parts))
-    return np.asarray(assign(groups, labels, parts, seed) >= held, dtype=np.int64)
+
+    def held_of(count: int) -> int:
+        return min(max(1, round(share * count)), count - 1)  # neither fold is ever empty
+
+    parts = min(range(2, 201), key=lambda count: (max(0.0, abs(held_of(count) / count - share) - 0.005), count))
+    return np.asarray(assign(groups, labels, parts, seed) >= held_of(parts), dtype=np.int64)
 
 
 def _follow_group(fold: Ints, group: Ints, folds: int) -> None:

@@ -140,15 +140,17 @@ def _held_out(own: Floats, asked: Ints, folds: Sequence[Ints], block: int = 256)
     return [np.concatenate(part).astype(np.float32) for part in found]
 
 
-def _clusters(own: Floats, seed: int) -> list[Ints]:
+def _clusters(own: Floats, seed: int, cuts: Sequence[float] = CUTS) -> list[Ints]:
     """Average-linkage clusters at each cut; of cluster averages where there are too many images for all pairs."""
     leader = np.arange(len(own), dtype=np.int64)
     means = own
     if len(own) > LEADERS:
         leader, means = _leaders(own, seed)
+    if len(means) < 2:  # one image, or thousands that are all the same: no tree grows from that
+        return [np.zeros(len(own), np.int64) for _ in cuts]
     apart = np.clip(1 - means @ means.T, 0, 2)
     tree = linkage(apart[np.triu_indices(len(means), 1)], "average")
-    return [np.asarray(fcluster(tree, cut, "distance"), np.int64)[leader] - 1 for cut in CUTS]
+    return [np.asarray(fcluster(tree, cut, "distance"), np.int64)[leader] - 1 for cut in cuts]
 
 
 def _leaders(own: Floats, seed: int) -> tuple[Ints, Floats]:
@@ -215,3 +217,23 @@ def follow(known: Sequence[str], new: Floats, old: Floats, cut: float) -> list[s
         near = similarity[np.arange(len(best)), best] > 1 - cut
         found += [known[row] if close else "" for row, close in zip(best.tolist(), near.tolist(), strict=True)]
     return found
+
+
+def gather(rows: Floats, new: Ints, pairs: Ints, cut: float) -> Ints:
+    """Group new images among themselves, as `choose` groups images at its cut.
+
+    Args:
+        rows: ``(N, F)`` embeddings of all training images: the new ones are seen from the middle of all of them.
+        new: ``(M,)`` which of them to group.
+        pairs: ``(P, 2)`` places in `new` that belong together whatever the embedding says.
+        cut: cosine distance the old groups were cut at. A finer one is taken where it would make a group of more
+            than `LARGEST` of all images: a shipment of another kind of picture is no scene.
+
+    Returns:
+        ``(M,)`` int, the group of each.
+    """
+    own, _ = _unit(rows, None)
+    cuts = [cut, *(one for one in reversed(CUTS) if one < cut)]
+    options = [_joined(part, pairs) for part in _clusters(own[new], 0, cuts)] if len(new) else []
+    fitting = (part for part in options if np.bincount(part).max() <= max(LARGEST * len(rows), 1))
+    return next(fitting, components(len(new), pairs))

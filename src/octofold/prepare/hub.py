@@ -55,7 +55,7 @@ class Layout:
         """Keep an image's bytes and its row."""
         name = f"{len(self.rows[part]):07d}{_suffix(data)}"
         path = self.folder / part / name
-        if not path.exists() or path.stat().st_size != len(data):
+        if not path.exists() or path.stat().st_size != len(data) or path.read_bytes() != data:
             with atomic(path) as temporary:
                 temporary.write_bytes(data)
         self.rows[part].append({"image": name, **row})

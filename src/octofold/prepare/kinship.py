@@ -1,6 +1,7 @@
 """Kinship: which samples belong together, by their looks, by their embedding, or as an earlier manifest had it."""
 
 from collections.abc import Callable
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,8 +122,9 @@ def follow(
         home.setdefault(int(component[row]), group[row] or looks[row])
     cut = float(known.get("cut", 0))
     fresh = np.flatnonzero(~is_old)
+    vectors = None
     lone: dict[str, str] = {}  # old samples that get company
-    if cut > 0 and len(fresh) and is_old.any():
+    if cut > 0 and len(fresh):
         vectors, _ = embedding.embed_or_pixels(str(known["embedding"]), rows.ids, rows.paths, rows.prints.tiny, folder)
         old = np.flatnonzero(is_old).tolist()
         names = [group[row] or looks[row] or f"near-{rows.ids[row]}" for row in old]
@@ -130,8 +132,37 @@ def follow(
             if name and int(component[row]) not in home:
                 home[int(component[row])] = name
                 lone[name.removeprefix("near-")] = name
+    homeless = np.array([row for row in fresh.tolist() if int(component[row]) not in home], np.int64)
+    taken = {*group, *home.values()}
+    own = dict(zip(homeless.tolist(), _new_groups(rows, homeless, pairs, vectors, cut, taken), strict=True))
     return [
         (group[row] or looks[row] or lone.get(rows.ids[row], "")) if is_old[row]
-        else home.get(int(component[row])) or looks[row]
+        else home.get(int(component[row])) or own.get(row, "")
         for row in range(len(rows.ids))
     ]  # fmt: skip
+
+
+def _new_groups(
+    rows: Rows, new: Ints, pairs: Ints, vectors: npt.NDArray[np.float32] | None, cut: float, taken: set[str]
+) -> list[str]:
+    """``(M,)`` names for new samples that no old group takes in: grouped among themselves, under names of their own.
+
+    Args:
+        rows, pairs: as for `follow`. new: ``(M,)`` places in `rows`, ascending.
+        vectors: ``(N, F)`` embeddings of all rows, or None: near-duplicates alone are grouped.
+        cut: cosine distance the old groups were cut at.
+        taken: names that old groups have.
+    """
+    mine = np.searchsorted(new, pairs[np.isin(pairs, new).all(axis=1)])
+    part = neighbours.components(len(new), mine) if vectors is None else grouping.gather(vectors, new, mine, cut)
+    if not len(new):
+        return []
+    names = neighbours.group_names(part, [rows.ids[row] for row in new.tolist()])
+    # an id that was dropped, left its name to a group and is back must not take that group over
+    free = {name: _unused(name, taken) for name in set(names) - {""}}
+    return [free.get(name, "") for name in names]
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    """`name`, with a number behind it where it is taken."""
+    return next(one for one in chain([name], (f"{name}-{number}" for number in count(2))) if one not in taken)

@@ -238,7 +238,9 @@ def _group(
         table["group"] = sources.column(source.table, column, config.labels, "group").str.strip()[table["row"]].tolist()
     elif config.group == "auto":
         (rows, other), (pairs, twins) = images, found
-        kin = twins if other is None else twins[:0]  # with test images a cut is chosen that sees to them
+        # where test images chose a cut (then or now), it sees to the twins
+        has_cut = other is not None and (before.manifest is None or "grouping" in before.manifest.info)
+        kin = twins[:0] if has_cut else twins[(twins < len(table)).all(axis=1)]
         folder = folder_of(config) / "cache"
         if before.manifest is not None:
             fold, group = lineage.carry(table, before.manifest, before.same)
@@ -263,12 +265,13 @@ def _fold(config: Prepare, table: pd.DataFrame, before: _Before, found: Findings
     groups = np.where(table["group"] == "", table["sample_id"], table["group"]).astype(str)
     if "fold" not in table:
         labels = table["label"].to_numpy(str) if "label" in table else None
-        kept = lineage.carry(table, before.manifest, before.same)[0] if before.manifest is not None else None
-        count = config.folds if before.manifest is None else len(before.manifest.folds)
-        if config.holdout is not None and before.manifest is None:
+        if before.manifest is not None:
+            kept = lineage.carry(table, before.manifest, before.same)[0]
+            table["fold"] = folds.extend(groups, labels, kept, before.manifest.fold, config.seed)
+        elif config.holdout is not None:
             table["fold"] = folds.hold_out(groups, labels, config.holdout, config.seed)
         else:
-            table["fold"] = folds.assign(groups, labels, count, config.seed, kept)
+            table["fold"] = folds.assign(groups, labels, config.folds, config.seed)
     crossing = folds.crossing(groups, table["fold"].to_numpy(np.int64))
     if crossing and config.folds_file is not None and config.group not in ("auto", "none"):
         raise UserError(

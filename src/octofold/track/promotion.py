@@ -65,9 +65,10 @@ def promote(
     all_folds: Sequence[int] | None,
     folds: Sequence[int] | None = None,
     seeds: Sequence[int] | None = None,
+    filled: Sequence[str] | None = None,
     force: bool = False,
 ) -> list[Move]:
-    """Move the latest version of each of a member's slots to `stage`, and say what it replaced.
+    """Move the latest version of each of a member's slots to `stage`, or just these versions; say what it replaced.
 
     Args:
         run: the MLflow run that keeps the audit trail.
@@ -78,6 +79,7 @@ def promote(
         all_folds: its folds; None = there is no manifest.
         folds: only these.
         seeds: only these.
+        filled: exactly these versions, ``<registered name>/<version>``, and no other slot; None = the latest ones.
         force: go through the gate although folds are missing or data differ.
 
     Raises:
@@ -91,13 +93,14 @@ def promote(
             got=f"none in {redact(uri())}; members there: {preview(registry.newest(competition)) or 'none'}",
             fix="train it first, or set MLFLOW_TRACKING_URI to the store it was trained in",
         )
+    given, others = (latest, []) if filled is None else _exactly(competition, latest, filled, stage)
     chosen = [
         (slot, place)
-        for slot, place in latest
+        for slot, place in given
         if (folds is None or slot.fold in folds) and (seeds is None or slot.seed in seeds)
     ]
     for name in sorted({slot.member for slot, _ in latest}):
-        mine = [slot for slot, _ in chosen if slot.member == name]
+        mine = [slot for slot in [*(slot for slot, _ in chosen), *others] if slot.member == name]
         check(name, mine, stage, manifest_hash, all_folds, seeds, force)
     moves = [_plan(slot, stage, place) for slot, place in chosen]
     moves = _since_unfinished(competition, stage, moves)
@@ -113,6 +116,29 @@ def newest(competition: str, member: str) -> list[tuple[Slot, Place]]:
     """Return the latest version of each of a member's slots (empty = every member's), and where its versions stand."""
     listed = registry.models(competition, [member] if member else None)
     return [(slot, _place(model)) for model in listed if (slot := registry.newest_of(model)) is not None]
+
+
+def _exactly(
+    competition: str, latest: Sequence[tuple[Slot, Place]], filled: Sequence[str], stage: str
+) -> tuple[list[tuple[Slot, Place]], list[Slot]]:
+    """Return the versions named, with their places, and what stands in `stage` in the other slots of their members.
+
+    The others do not move, but will be bagged with those that do: the gate looks at both.
+
+    Raises:
+        UserError: no such version.
+    """
+    known = registry.slots(competition, sorted({slot.member for slot, _ in latest}))
+    slots = {f"{slot.name}/{slot.version}": slot for named in known.values() for one in named.values() for slot in one}
+    if absent := [version for version in filled if version not in slots]:
+        raise UserError(
+            f"promotion to {stage}", expected="registered versions", got=f"nothing registered as {preview(absent)}"
+        )
+    places = {slot.name: place for slot, place in latest}
+    chosen = [(slots[version], places[slots[version].name]) for version in filled]
+    rest = set(places) - {slot.name for slot, _ in chosen}
+    standing = [f"{name}/{places[name].aliases[stage]}" for name in sorted(rest) if stage in places[name].aliases]
+    return chosen, [slots[version] for version in standing if version in slots]
 
 
 def check(

@@ -13,16 +13,17 @@ from typing import Any
 import torch
 
 from octofold.errors import UserError, preview
-from octofold.files import atomic, read_json, sha256_file, sha256_json, write_json
+from octofold.files import atomic, existing, read_json, sha256_file, sha256_json, write_json
 from octofold.metrics import fingerprint
 from octofold.recipe import Recipe
 from octofold.train.distill import find_teacher
 
 CODE = (
-    "augment", "batches", "checkpoint", "distill", "features", "harden", "images", "job", "models", "networks", "optim",
-    "outcome", "tasks", "training", "validation", "weights",
+    "augment", "batches", "checkpoint", "distill", "features", "harden", "images", "job", "metrics", "models",
+    "networks", "optim", "outcome", "recipe", "tasks", "training", "validation", "weights",
 )  # fmt: skip
-"""Modules whose text decides what comes out of a training."""
+"""Modules whose text decides what comes out of a training: `recipe` for the defaults, which `settings_of` leaves out,
+`metrics` as it chooses the epoch."""
 LIBRARIES = ("albumentations", "timm", "torch")
 ELSEWHERE = ("folds", "seeds", "member", "runtime", "tta")
 """Recipe fields that do not change a slot's weights (or name it)."""
@@ -64,9 +65,21 @@ def identity(recipe: Recipe, manifest_hash: str, fold: int, seed: int, start: Pa
     slot = {"manifest hash": manifest_hash, "fold": str(fold), "seed": str(seed)}
     if start is not None:
         slot["starting weights"] = sha256_file(start / "model.safetensors" if start.is_dir() else start)
+    return settings_of(recipe) | slot | fingerprints(recipe) | code_versions()
+
+
+def fingerprints(recipe: Recipe) -> dict[str, str]:
+    """Return the sha256 of each file of predictions a recipe learns from, by its setting; nothing where none is set.
+
+    An address may stay while what lies there changes: ``models:/X.blend@production`` after the next blend.
+    """
+    found = {}
     if recipe.distill.teacher:
-        slot["teacher"] = sha256_file(find_teacher(recipe.distill.teacher))
-    return settings_of(recipe) | slot | code_versions()
+        found["distill.teacher.sha256"] = sha256_file(find_teacher(recipe.distill.teacher))
+    if recipe.augment.easy.oof is not None:
+        easy = existing(recipe.augment.easy.oof, "the OOF Predictions of a member trained before (augment.easy.oof)")
+        found["augment.easy.oof.sha256"] = sha256_file(easy)
+    return found
 
 
 def claim(folder: Path, now: dict[str, str]) -> None:

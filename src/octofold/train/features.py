@@ -1,7 +1,7 @@
 """Features of a frozen trunk, computed once: a probe over all folds and seeds costs one pass over the pixels.
 
 They lie in ``data/<competition>/cache/features-<key>.npy``, one row per sample, NaN where nobody asked yet. The key
-holds the trunk's weights, the pixels, the view or the augmentation, and the precision.
+holds the trunk's weights, the pixels, the view or the augmentation with its code, and the precision.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from tqdm import tqdm
 
 from octofold import tta
 from octofold.data.images import VERSION, PixelCache
-from octofold.files import ROOT, atomic, sha256_json
-from octofold.nets import engine
+from octofold.files import ROOT, atomic, sha256_file, sha256_json
+from octofold.nets import augment, engine
 from octofold.nets.models import Net
 from octofold.train.batches import Pixels, seed_of
 
@@ -76,6 +77,7 @@ class FrozenTrunk:
     def of_replicas(self, preset: str, replicas: int) -> Floats:
         """Return the features of `replicas` augmented versions of every row: ``(R, N, F)`` float32."""
         source = Pixels(self.cache, np.zeros(len(self.cache), np.int64), preset)
+        code = [sha256_file(augment.__file__), version("albumentations")]  # the preset's name does not say what it does
         rows = np.arange(len(self.cache))
         found = []
         for replica in range(replicas):
@@ -83,7 +85,7 @@ class FrozenTrunk:
             def draw(some: Ints, replica: int = replica) -> npt.NDArray[np.uint8]:
                 return source.block(some, seed_of(replica, int(some[0])))[0]
 
-            found.append(self._stored([preset, replica], rows, draw, replicas))
+            found.append(self._stored([preset, replica, *code], rows, draw, replicas))
         return np.stack(found)
 
     @cached_property

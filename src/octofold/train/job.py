@@ -21,7 +21,7 @@ from octofold.nets import models
 from octofold.nets.tasks import Task, balanced_weights, make_task, sample_weights
 from octofold.recipe import Phase, Recipe
 from octofold.train import calibration, checkpoint, distill, harden, optim
-from octofold.train.batches import Batches, Features, Order, Pixels, seed_of
+from octofold.train.batches import BLOCK, Batches, Features, Order, Pixels, seed_of
 from octofold.train.features import FrozenTrunk
 
 log = logging.getLogger("octofold")
@@ -186,8 +186,10 @@ def open_job(
     Args are those of `training.train_slot`.
 
     Raises:
-        UserError: an empty fold, a metric or view set that is not for the task, weights that are not there.
+        UserError: an empty fold, a metric or views of another task, weights not there, a batch too small to share.
     """
+    if recipe.batch_size <= (few := BLOCK * (devices.world - 1)):  # the last process would never see an image
+        raise UserError(f"batch_size {recipe.batch_size}", expected=f"over {few} for {devices.world} processes")
     saved = checkpoint.load(folder)
     task = make_task(manifest.task, manifest.classes, manifest.info.get("swap"))
     task.check_views(recipe.tta)
@@ -196,6 +198,8 @@ def open_job(
         raise UserError("augment.mixup_prob, augment.cutmix_prob", expected="0: points cannot be mixed")
     net = _network(recipe, task, seed, devices, start)
     runtime = _runtime(saved, recipe, net, devices, calibration.steps_of(recipe, len(manifest.folds), len(train)))
+    if devices.world > 1 and devices.device.type == "cuda":  # else a process would normalise by its share of a batch
+        net = models.synchronised(net)  # not before: the main process calibrates alone
     cache = devices.main_first(lambda: open_cache(manifest, PixelSpec.of(recipe.model)))
     target, teacher, weights = manifest.target, None, None
     if recipe.distill.teacher:
@@ -234,11 +238,7 @@ def open_job(
 
 def _network(recipe: Recipe, task: Task, seed: int, devices: Devices, start: Path | None) -> models.Net:
     torch.manual_seed(seed_of(seed))
-    net = models.build(recipe.model, task.outputs, start=start).to(devices.device)
-    if devices.world > 1 and devices.device.type == "cuda":
-        # Else a process would normalise by its share of a batch.
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-untyped-call]
-    return net
+    return models.build(recipe.model, task.outputs, start=start).to(devices.device)
 
 
 def _runtime(saved: Any, recipe: Recipe, net: models.Net, devices: Devices, steps: int) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from octofold.predictions import Predictions, average, concatenate
 from octofold.recipe import Recipe
 from octofold.track import leases, promotion, registry, tracking
 from octofold.track.leases import Lessee
+from octofold.track.outage import patiently
 from octofold.track.provenance import outlive
 from octofold.track.tracking import RunInfo
 from octofold.train import checkpoint, interrupt, training
@@ -52,11 +53,8 @@ class Call:
     table: Manifest
     devices: Devices
     lessee: Lessee
-
-    @property
-    def tags(self) -> dict[str, str]:
-        """What every run of the member carries."""
-        return _tags(self.recipe, self.table)
+    tags: dict[str, str]
+    """What every run of the member carries."""
 
     @property
     def parent_id(self) -> str:
@@ -84,7 +82,7 @@ def train(config: Train) -> dict[str, Any]:
     for smell in recipe.smells():
         log.warning("%s: %s", recipe.member, smell)
     for fold, seed in jobs:
-        _check_unfinished(config, recipe, table, fold, seed)
+        _check_slot(config, recipe, table, tags, fold, seed)
     interrupt.clear([_member_folder(table, recipe), *(_folder(table, recipe, *job) for job in jobs)])
     known, is_new = None, True
     if not config.restart:
@@ -97,18 +95,20 @@ def train(config: Train) -> dict[str, Any]:
         if is_new:
             for name, figure in gallery.draw(recipe, table).items():
                 parent.log_figure(figure, f"augment/{name}.png")
-        filled = _fill_all(Call(config, recipe, table, devices, lessee), jobs)
+        filled = _fill_all(Call(config, recipe, table, devices, lessee, tags), jobs)
         devices.from_main(None)  # nothing more for the processes that accompany
         parts: dict[int, list[dict[str, Predictions]]] = {}
         for (_, seed), (oof, _) in filled.items():
             parts.setdefault(seed, []).append(oof)
         versions = [version for _, version in filled.values()]
         metrics = _score(recipe, table, parts, parent)
-        log_once(parent, metrics, 0)
+        _log_latest(parent, metrics)
+        parent.set_tags({"folds": ",".join(map(str, folds)), "seeds": ",".join(map(str, config.seeds))})
         if config.stage:
             promotion.promote(
-                parent, table.competition, recipe.member, config.stage, manifest_hash=table.hash, all_folds=table.folds
-            )
+                parent, table.competition, recipe.member, config.stage,
+                manifest_hash=table.hash, all_folds=table.folds, filled=[version for version in versions if version],
+            )  # fmt: skip
     return {"run_id": parent.id, "member": recipe.member, "slots": versions, **metrics}
 
 
@@ -167,7 +167,8 @@ def fill_job(settings: dict[str, Any], fold: int, seed: int, parent_id: str, own
     table = manifest.read(config.manifest)
     recipe = Recipe(**{name: getattr(config, name) for name in Recipe.model_fields})
     devices = device_setup(recipe.runtime.device, recipe.runtime.threads)
-    filled = _fill(Call(config, recipe, table, devices, Lessee(parent_id, owner)), fold, seed)
+    call = Call(config, recipe, table, devices, Lessee(parent_id, owner), _tags(recipe, table))
+    filled = _fill(call, fold, seed)
     return filled[1] if filled else ""
 
 
@@ -177,6 +178,7 @@ def _tags(recipe: Recipe, table: Manifest) -> dict[str, str]:
         "recipe_hash": checkpoint.recipe_hash(recipe),
         "manifest_hash": table.hash,
         **fingerprint(recipe.metric),
+        **checkpoint.fingerprints(recipe),
     }
 
 
@@ -192,20 +194,54 @@ def _slot(fold: int, seed: int) -> str:
     return f"f{fold}.s{seed}"
 
 
-def _check_unfinished(config: Train, recipe: Recipe, table: Manifest, fold: int, seed: int) -> None:
-    """Refuse, before any run is opened, a slot that was begun with another recipe, manifest or code."""
+def _check_slot(config: Train, recipe: Recipe, table: Manifest, tags: dict[str, str], fold: int, seed: int) -> None:
+    """Refuse, before any run is opened, what would end badly: other settings than begun with, a start that saw OOF."""
     folder = _folder(table, recipe, fold, seed)
     if config.restart and folder.exists():
         shutil.rmtree(folder)
-    if not (folder / "identity.json").exists():
+    runs = [] if config.restart else tracking.find_runs(table.competition, tags | _slot_tags(fold, seed))
+    if (done := _filled(runs)) is not None:
+        return _check_views(recipe, done)  # whatever lies in the folder: another machine has filled the slot meanwhile
+    start = _start(recipe, fold, seed)
+    _check_start(recipe, table, fold, start)
+    if (folder / "identity.json").exists():
+        checkpoint.claim(folder, checkpoint.identity(recipe, table.hash, fold, seed, start))
+
+
+def _check_views(recipe: Recipe, done: RunInfo) -> None:
+    """Refuse a trained slot whose OOF lacks the views of this recipe: `tta` does not make it another training."""
+    kept = [Path(name).stem for name in tracking.list_artifacts(done.id, "oof")]
+    if recipe.tta not in kept:
+        raise UserError(
+            f"member '{recipe.member}', {done.tags['registered']}: already trained",
+            expected=f"its OOF in views {recipe.tta} (tta)",
+            got=f"OOF in views: {preview(sorted(kept)) or 'none'}",
+            fix="ask for --tta with one of those, or train it anew with --restart true",
+        )
+
+
+def _check_start(recipe: Recipe, table: Manifest, fold: int, start: Path | None) -> None:
+    """Refuse starting weights of this competition that have trained on the rows held out here: OOF would flatter."""
+    if start is None or not (start.is_dir() or start.name == "model.safetensors"):
         return
-    try:
-        checkpoint.claim(folder, checkpoint.identity(recipe, table.hash, fold, seed, _start(recipe, fold, seed)))
-    except UserError:
-        tags = _tags(recipe, table) | _slot_tags(fold, seed)
-        if _filled(tracking.find_runs(table.competition, tags)) is None:
-            raise
-        _discard(folder)  # another machine has filled it meanwhile
+    folder = start if start.is_dir() else start.parent
+    card = read_card(folder) if (folder / "model.json").exists() else None
+    if card is None or card.competition != table.competition:
+        return
+    where, origin = f"model.weights: {recipe.model.weights}", f"{card.member} of fold {card.fold}"
+    if card.fold != fold:
+        raise UserError(
+            where,
+            expected=f"weights that have not seen the rows held out in fold {fold} of {table.competition}",
+            got=f"{origin}, which was trained on them: the OOF would flatter",
+            fix="use {fold} in model.weights, so that each fold goes on from the model of the same fold",
+        )
+    if card.manifest_hash != table.hash:
+        log.warning(
+            "%s: %s was trained on manifest %s, not on this one (%s). If folds were drawn anew it has seen rows held"
+            " out here, and the OOF flatters; prepare --previous keeps old samples in their folds",
+            where, origin, card.manifest_hash[:12] or "unknown", table.hash[:12],
+        )  # fmt: skip
 
 
 def _slot_tags(fold: int, seed: int) -> dict[str, str]:
@@ -248,6 +284,7 @@ def _fill(call: Call, fold: int, seed: int) -> Filled | None:
         runs = _runs(call, fold, seed)  # another command may have filled it before it let go
     if (done := _filled(runs)) is not None:
         log.info("fold %d seed %d: already trained (%s)", fold, seed, done.tags["registered"])
+        _check_views(call.recipe, done)
         _discard(folder)
         return _stored_oof(done.id), done.tags["registered"]
     resume = runs[0].id if runs and (folder.exists() or runs[0].status != "FINISHED") else None
@@ -329,6 +366,15 @@ def log_once(run: tracking.Run, metrics: Mapping[str, float], step: int) -> None
         run.log_metrics(new, step=step)
 
 
+def _log_latest(parent: tracking.Run, metrics: Mapping[str, float]) -> None:
+    """Log a member's score where it is not the one MLflow shows: a call with other folds or seeds scores anew."""
+    have = patiently(lambda: tracking.get_run(parent.id)).metrics
+    same = {key for key in metrics if key in have and np.array_equal(have[key], metrics[key], equal_nan=True)}
+    new = {key: value for key, value in metrics.items() if key not in same}
+    if new:
+        parent.log_metrics(new, max((step for key in new for step in parent.metric_steps(key)), default=-1) + 1)
+
+
 def _stored_oof(run_id: str) -> dict[str, Predictions]:
     folder = tracking.download(run_id, "oof")
     return {path.stem: Predictions.load(path) for path in sorted(folder.glob("*.parquet"))}
@@ -342,7 +388,8 @@ def _score(
     metric = training.metric_of(recipe, task)
     place = {name: row for row, name in enumerate(table.sample_ids.tolist())}
     metrics: dict[str, float] = {}
-    for views in sorted({views for slots in parts.values() for oof in slots for views in oof}):
+    common = set.intersection(*(set(oof) for slots in parts.values() for oof in slots))  # some were told other views
+    for views in sorted(common):
         whole = average([concatenate([oof[views] for oof in slots]) for slots in parts.values()])
         truth = table.target[np.array([place[name] for name in whole.sample_ids.tolist()])]
         for name in dict.fromkeys([metric, task.default_metric]):

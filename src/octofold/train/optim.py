@@ -203,9 +203,15 @@ class Average:
 
 
 @torch.no_grad()
-def refresh_statistics(net: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Count BatchNorm's running statistics afresh over `batches` of network inputs (a plain mean over them)."""
-    norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+def refresh_statistics(net: nn.Module, batches: Iterable[Tensor], part: nn.Module) -> None:
+    """Count BatchNorm's running statistics afresh over batches of network inputs.
+
+    Args:
+        net: the network.
+        batches: its inputs; the statistics are a plain mean over them, so they should be of one size.
+        part: the part of `net` to do it in, or all of it; the rest stays in eval mode.
+    """
+    norms = [module for module in part.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         return
     kept = [norm.momentum for norm in norms]
@@ -213,7 +219,8 @@ def refresh_statistics(net: nn.Module, batches: Iterable[Tensor]) -> None:
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # torch: cumulative mean
-    net.train()
+    net.eval()
+    part.train()
     for images in batches:
         net(images)
     for norm, momentum in zip(norms, kept, strict=True):

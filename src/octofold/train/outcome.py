@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
+from torch import nn
 
 from octofold import tta
 from octofold.files import atomic, read_json, write_json
@@ -16,6 +17,7 @@ from octofold.nets import models
 from octofold.predictions import Predictions
 from octofold.recipe import Recipe
 from octofold.train import optim
+from octofold.train.batches import seed_of
 from octofold.train.job import Job, frozen_trunk
 from octofold.train.validation import VALID_BATCH, chunks, validate
 
@@ -90,8 +92,10 @@ def _choose(job: Job) -> str:
     best, sign = job.progress.best, job.sign
     if job.recipe.average.kind == "swa" and job.average.mean:
         job.net.load_state_dict(job.average.mean)
+        # Dropout is at work while BatchNorm counts: a resumed training must draw what a whole one draws.
+        torch.manual_seed(seed_of(job.seed, len(job.recipe.phases)))
         with job.autocast():
-            optim.refresh_statistics(job.net, _plain_batches(job))
+            optim.refresh_statistics(job.net, _plain_batches(job), _averaged_part(job))
         value = validate(job, None)[f"valid/{job.metric}"]
         if job.recipe.select == "last" or sign * value >= sign * best["value"]:
             job.progress.best = best | {"value": value}
@@ -100,9 +104,17 @@ def _choose(job: Job) -> str:
     return "last" if job.recipe.select == "last" else "best"
 
 
+def _averaged_part(job: Job) -> nn.Module:
+    """What the averaged epochs trained. A trunk that was frozen in all of them keeps the statistics it ran with."""
+    trained = [phase.train for phase in job.recipe.phases for _ in range(phase.epochs)]
+    averaged = trained[job.recipe.average.start_epoch : len(job.progress.history)]
+    return job.net if "all" in averaged else job.net.head
+
+
 def _plain_batches(job: Job) -> Iterator[torch.Tensor]:
-    """Training rows as validation would see them, in order."""
-    for some in chunks(job.train_rows, VALID_BATCH):
+    """Training rows as validation would see them, shuffled (a manifest is often sorted by class), in equal batches."""
+    rows = np.random.default_rng([job.seed, len(job.recipe.phases)]).permutation(job.train_rows)
+    for some in chunks(rows[: len(rows) // VALID_BATCH * VALID_BATCH or len(rows)], VALID_BATCH):
         images = np.stack([job.cache.square(row) for row in some.tolist()])
         yield torch.from_numpy(images).to(job.devices.device).permute(0, 3, 1, 2)
 
