@@ -34,7 +34,8 @@ def run(config: Score) -> dict[str, Any]:
         if config.history is not None:
             boards.import_history(config.history, competition, run)
         found = boards.recorded(competition)
-        lines, numbers = [*scores.told(found, boards.direction(competition)), *picks.told(competition)], scores.summary(found)
+        lines = [*scores.told(found, boards.direction(competition)), *picks.told(competition)]
+        numbers = scores.summary(found)
         run.log_text("\n".join(lines) + "\n", "boards.txt")
         run.log_dict([dataclasses.asdict(score) for score in found], "boards.json")
         run.log_metrics({f"boards/{name}": value for name, value in numbers.items()})
