@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ import pandas as pd
 import pytest
 
 from conftest import House
+from labelled import make_manifest, make_oof
 from octofold import metrics
-from octofold.blend import succession
+from octofold.blend import lineup, succession
+from octofold.blend.lineup import Lineup
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError
 from octofold.files import read_json
@@ -63,6 +66,36 @@ def test_a_blend_on_disk_says_what_its_parts_say(whole: Path, tmp_path: Path) ->
             alone = next(inference.stream(ensemble.load(whole / part["folder"]), items, How("geo4"))).values
             expected += weight * part["share"] * alone
     np.testing.assert_allclose(blended, expected, atol=1e-6)
+
+
+def test_class_wise_rules_keep_the_order_they_were_fitted_in(mlruns: Path, tmp_path: Path) -> None:
+    slots, order = {"small": [slot(tmp_path, "small", 0)]}, (*CLASSES[1:], CLASSES[0])
+    blend = Blend("equal", "linear", np.array([1.0]))
+    folder = serving.write_blend(
+        tmp_path / "b", "tiny.blend", blend, slots, {"small": [1.0]}, "none", "m" * 64, classes=order
+    )
+    items = looks.find(photos(tmp_path / "in")[0].parent).items
+    crew, alone = (
+        ensemble.load(folder),
+        ensemble.load(folder / read_json(folder / "blend.json")["members"][0]["slots"][0]["folder"]),
+    )
+    assert crew.classes == order
+    said, own = (next(inference.stream(one, items, How("none"))).values for one in (crew, alone))
+    np.testing.assert_allclose(said, own[:, [CLASSES.index(name) for name in order]], atol=1e-6)
+
+
+def test_rows_held_out_of_a_model_of_other_data_are_those_of_its_oof(mlruns: Path, tmp_path: Path) -> None:
+    table, truth = make_manifest(tmp_path / "world")
+    one = slot(tmp_path, "small", 0)
+    mine = Lineup({"small": [one]}, np.zeros((1, len(truth), 3)), [], table, "none")
+    np.testing.assert_array_equal(lineup.held_rows(mine, one), table.fold == 0)  # nothing better is known
+    stored = make_oof(table, truth).take(table.sample_ids[[3, 5]].tolist()).save(tmp_path / "none.parquet")
+    tracking.client().log_artifact(one.run_id, str(stored), "oof")
+    assert np.flatnonzero(lineup.held_rows(mine, one)).tolist() == [3, 5]
+    same = replace(one, manifest_hash=table.hash)
+    np.testing.assert_array_equal(lineup.held_rows(mine, same), table.fold == 0)
+    per_fold = {"1": [0.25], "2": [0.75]}  # of a fold that has no rows here: the mean
+    assert [part.tolist() for part in lineup.shares(mine, "equal", per_fold)] == [[1.0]]
 
 
 def test_replaced_weights_in_a_blend_are_noticed(whole: Path) -> None:

@@ -220,6 +220,7 @@ def _register(
             members.views,
             members.rows.hash,
             {"run_id": run.id, "estimate": numbers},
+            members.rows.classes,
         )
         name, version = serving.log_blend(run, serving.pack(whole, Path(scratch) / "packed"))
     decision = succession.succeed(

@@ -213,6 +213,14 @@ def slot_oof(slot: Slot, manifest: Manifest, views: str, mixed: bool = False) ->
     return replace(predict([slot], held, views)[0], fold=held.fold)
 
 
+def held_rows(lineup: Lineup, slot: Slot) -> npt.NDArray[np.bool_]:
+    """Rows ``(N,)`` held out of a fold model; where it has another manifest, with other folds, its stored OOF says."""
+    stored = None if slot.manifest_hash == lineup.rows.hash else registry.oof(slot, lineup.views)
+    if stored is None:
+        return np.asarray(lineup.rows.fold == slot.fold)
+    return np.isin(lineup.rows.sample_ids, stored.sample_ids)
+
+
 def predict(slots: Sequence[Slot], images: Manifest, views: str) -> list[Predictions]:
     """Predict a manifest's images with each fold model, from the cache where the same weights did so before.
 
@@ -297,13 +305,14 @@ def shares(lineup: Lineup, bag: str, per_fold: dict[str, list[float]] | None = N
     for place, slots in enumerate(lineup.slots.values()):
         raw = np.array([_own_score(lineup, place, slot) if bag == "oof_acc" else 1.0 for slot in slots])
         if per_fold and place < lineup.voters:
-            raw = raw * np.array([per_fold[str(slot.fold)][place] for slot in slots])
+            mean = np.mean(list(per_fold.values()), axis=0).tolist()  # where a fold has no rows here
+            raw = raw * np.array([per_fold.get(str(slot.fold), mean)[place] for slot in slots])
         found.append(raw / raw.sum() if raw.sum() > 0 else np.full(len(slots), 1 / len(slots)))
     return found
 
 
 def _own_score(lineup: Lineup, member: int, slot: Slot) -> float:
-    rows = lineup.rows.fold == slot.fold
+    rows = held_rows(lineup, slot)
     if not rows.any():
         return 0.0
     values, target = lineup.oof[member][rows], lineup.rows.target[rows]

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from octofold.blend.lineup import Lineup, cache_of, check_weights
+from octofold.blend.lineup import Lineup, cache_of, check_weights, held_rows
 from octofold.blend.shift import Distance, measure, pooled
 from octofold.data.images import PixelCache, PixelSpec, open_cache
 from octofold.data.manifest import Manifest
@@ -35,7 +35,7 @@ def compare(lineup: Lineup, weights: Array, test: Manifest, enough: int = 600) -
     name = lineup.names[int(np.argmax(weights))]
     parts, seen = [], 0
     for slot in lineup.slots[name]:
-        held = lineup.rows.fold == slot.fold
+        held = held_rows(lineup, slot)
         if slot.seed != lineup.slots[name][0].seed or not held.any() or held.all():
             continue
         parts.append(measure(embed(slot, lineup.rows), held, embed(slot, test)))

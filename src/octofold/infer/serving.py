@@ -93,6 +93,7 @@ def write_blend(
     views: str,
     manifest_hash: str,
     extra: Mapping[str, Any] | None = None,
+    classes: Sequence[str] = (),
 ) -> Path:
     """Gather a blend's fold models and how they combine into one folder.
 
@@ -105,6 +106,7 @@ def write_blend(
         views: row of `tta.VIEWS` it was fitted with.
         manifest_hash: of the data its weights were fitted on.
         extra: anything else worth keeping (estimate, run id, class map …); JSON.
+        classes: the order it was fitted in, which class-wise weights follow; none = the first fold model's.
 
     Raises:
         UserError: shares that do not fit, fold models of different tasks or classes, or one that is gone.
@@ -128,7 +130,7 @@ def write_blend(
         "name": name,
         "competition": first.competition,
         "task": first.task,
-        "classes": list(first.classes),
+        "classes": list(classes or first.classes),
         "views": views,
         "manifest_hash": manifest_hash,
         "members": members,
