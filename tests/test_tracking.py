@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -137,6 +139,19 @@ def test_metrics_survive_an_outage_in_order(mlruns: Path, monkeypatch: pytest.Mo
 
 def _away(run_id: str, notes: object) -> None:
     raise ConnectionRefusedError("nobody there")
+
+
+def test_commands_that_share_a_run_log_its_params_at_once(mlruns: Path) -> None:
+    with tracking.run("train", None, "digits") as run, ThreadPoolExecutor(4) as pool:
+        at_once = threading.Barrier(4)
+
+        def log(part: int) -> None:
+            at_once.wait()
+            run.log_params({f"cfg.{part}.{number}": number for number in range(8)})
+
+        for part in range(6):
+            list(pool.map(log, [part] * 4))
+        assert len(tracking.get_run(run.id).params) == 48
 
 
 def test_what_a_dead_process_left_is_delivered_by_the_next(mlruns: Path) -> None:

@@ -148,16 +148,11 @@ def get_run(run_id: str) -> RunInfo:
 
 
 def _info(run: Any) -> RunInfo:
+    about, data = run.info, run.data
     return RunInfo(
-        id=run.info.run_id,
-        status=run.info.status,
-        name=run.info.run_name or "",
-        tags=dict(run.data.tags),
-        params=dict(run.data.params),
-        metrics=dict(run.data.metrics),
-        artifact_uri=run.info.artifact_uri,
-        start_time=run.info.start_time,
-    )
+        about.run_id, about.status, about.run_name or "", dict(data.tags), dict(data.params), dict(data.metrics),
+        about.artifact_uri, about.start_time,
+    )  # fmt: skip
 
 
 class Run:
@@ -196,17 +191,19 @@ class Run:
 
     def metric_steps(self, key: str) -> set[int]:
         """Return the steps already logged for `key`: a resumed run logs the others."""
-        history = patiently(lambda: client().get_metric_history(self.id, key))
-        return {int(item.step) for item in history}
+        return {int(item.step) for item in patiently(lambda: client().get_metric_history(self.id, key))}
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log params the run does not have yet (MLflow never lets one change); secrets are blanked."""
         from mlflow.entities import Param
 
-        have = patiently(lambda: client().get_run(self.id)).data.params
-        new = [Param(key, redact(str(value))[:6000]) for key, value in params.items() if key not in have]
-        for start in range(0, len(new), 100):
-            patiently(lambda part=new[start : start + 100]: client().log_batch(self.id, params=part))  # type: ignore[misc]
+        def log_new() -> None:  # two commands that share a run may both look before either has written
+            have = client().get_run(self.id).data.params
+            new = [Param(key, redact(str(value))[:6000]) for key, value in params.items() if key not in have]
+            for start in range(0, len(new), 100):
+                client().log_batch(self.id, params=new[start : start + 100])
+
+        beside_others(log_new)
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags; secrets are blanked."""
