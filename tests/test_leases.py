@@ -1,11 +1,14 @@
 """Leases: commands that share a member train no slot twice, and what a silent one held is taken over."""
 
+import contextlib
 import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -133,6 +136,19 @@ def local(folder: Path, empty_store: Path) -> str:
     return f"sqlite:///{furnish(folder / 'store', empty_store).home / 'mlruns' / 'mlflow.db'}"
 
 
+def shut(process: "subprocess.Popen[str]", database: Path) -> None:
+    """Stop a command between two of its writes: in one it would hold the database's lock, which no laptop does."""
+    while True:
+        process.send_signal(signal.SIGSTOP)
+        try:
+            with contextlib.closing(sqlite3.connect(database, timeout=0.5)) as probe:
+                probe.execute("BEGIN IMMEDIATE")
+                return
+        except sqlite3.OperationalError:
+            process.send_signal(signal.SIGCONT)
+            time.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_two_machines_train_each_slot_once(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     team = Team(tmp_path, local(tmp_path, empty_store))
@@ -151,7 +167,7 @@ def test_what_a_silent_machine_held_is_taken_over_and_it_gives_way(
     team = Team(tmp_path, local(tmp_path, empty_store))
     silent = team.start("one", "--lease_min", "0.05")
     read_until(silent, "m f0 s0 epoch 1:")
-    silent.send_signal(signal.SIGSTOP)  # as a laptop that was shut: it does not know that it is gone
+    shut(silent, tmp_path / "store" / "mlruns" / "mlflow.db")  # as a laptop: it does not know that it is gone
     other = team.start("two", "--lease_min", "0.05")
     out, err = other.communicate(timeout=900)
     assert other.returncode == 0, err

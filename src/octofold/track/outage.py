@@ -84,6 +84,8 @@ def explained(store: str) -> Iterator[None]:
         fix = "check the address, user and password (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD)"
         if "out-of-date database schema" in str(error):
             fix = f"back the database up, then: mlflow db upgrade {redact(store)}"
+        if "database is locked" in str(error):
+            fix = "another process holds the database: wait for it, or end it, and run the same command again"
         got = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise UserError(f"MLFLOW_TRACKING_URI={redact(store)}", expected="an MLflow store", got=got, fix=fix) from error
 
