@@ -42,8 +42,7 @@ def blend(config: Blend, run: tracking.Run) -> dict[str, Any]:
     # For points original 000's regression has no meaning of its own: least squares on the simplex is the same idea.
     method = "simplex" if train.task == "keypoints" and config.method == "lr_mse" else config.method
     if config.weights:
-        voters = members.names[: len(members.names) - len(members.experts)]
-        method = blending.by_hand(config.weights, voters)
+        method = blending.by_hand(config.weights, members.names[: members.voters])
     judged = verdict.judge(
         method, members.oof, members.names, rows.target, rows.fold, rows.groups, metric,
         members.per_seed, config.seed, chosen.instead, members.experts,

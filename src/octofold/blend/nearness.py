@@ -35,8 +35,10 @@ def compare(lineup: Lineup, weights: Array, test: Manifest, enough: int = 600) -
     name = lineup.names[int(np.argmax(weights))]
     parts, seen = [], 0
     for slot in lineup.slots[name]:
+        if slot.seed != lineup.slots[name][0].seed:
+            continue
         held = held_rows(lineup, slot)
-        if slot.seed != lineup.slots[name][0].seed or not held.any() or held.all():
+        if not held.any() or held.all():
             continue
         parts.append(measure(embed(slot, lineup.rows), held, embed(slot, test)))
         seen += int(held.sum())

@@ -74,9 +74,9 @@ def recorded(competition: str) -> list[Score]:
 def direction(competition: str) -> float:
     """1 where higher is better in the metric of the newest blend, -1 where lower is; 1 where nothing was blended."""
     runs = tracking.find_runs(competition, {"entry": "blend"}, ("FINISHED",))
-    name = runs[0].tags.get("metric", "") if runs else ""
-    own = 1.0 if not runs else float(runs[0].tags.get("metric.sign", 1.0))
-    return METRICS[name].sign if name in METRICS else own
+    tags = runs[0].tags if runs else {}
+    row = METRICS.get(tags.get("metric", ""))
+    return float(row.sign if row is not None else tags.get("metric.sign", 1))  # without a row: somebody's own function
 
 
 def _score(info: Any) -> Score:

@@ -15,8 +15,12 @@ def identity() -> dict[str, str]:
     import psutil
 
     started = f"{psutil.Process().create_time():.2f}"
-    place = {"host": socket.gethostname(), "boot_id": _boot_id(), "pid.space": _pid_space()}
-    return {"pid": str(os.getpid()), "pid.started": started, **place}
+    return {"pid": str(os.getpid()), "pid.started": started, **_place()}
+
+
+def _place() -> dict[str, str]:
+    """Return where a process number means what it means here: the host, since its boot, in this container."""
+    return {"host": socket.gethostname(), "boot_id": _boot_id(), "pid.space": _pid_space()}
 
 
 @lru_cache(maxsize=1)
@@ -55,8 +59,7 @@ def is_orphan(tags: Mapping[str, str]) -> bool:
 
 def outlive(tags: Mapping[str, str], patience_s: float = 10.0) -> None:
     """Wait for the process that wrote these tags, if it lives here: a lost Ray node's worker speaks a little longer."""
-    here = {"host": socket.gethostname(), "boot_id": _boot_id(), "pid.space": _pid_space()}
-    if any(tags.get(key, "") != value for key, value in here.items()) or tags.get("pid") == str(os.getpid()):
+    if any(tags.get(key, "") != value for key, value in _place().items()) or tags.get("pid") == str(os.getpid()):
         return
     until = time.monotonic() + patience_s
     while not is_orphan(tags) and time.monotonic() < until:

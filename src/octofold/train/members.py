@@ -8,7 +8,7 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -81,8 +81,9 @@ def train(config: Train) -> dict[str, Any]:
         _accompany(recipe, table, devices)
     for smell in recipe.smells():
         log.warning("%s: %s", recipe.member, smell)
+    runs = [] if config.restart else tracking.find_runs(table.competition, tags)
     for fold, seed in jobs:
-        _check_slot(config, recipe, table, tags, fold, seed)
+        _check_slot(config, recipe, table, runs, fold, seed)
     interrupt.clear([_member_folder(table, recipe), *(_folder(table, recipe, *job) for job in jobs)])
     known, is_new = None, True
     if not config.restart:
@@ -194,23 +195,22 @@ def _slot(fold: int, seed: int) -> str:
     return f"f{fold}.s{seed}"
 
 
-def _check_slot(config: Train, recipe: Recipe, table: Manifest, tags: dict[str, str], fold: int, seed: int) -> None:
+def _check_slot(config: Train, recipe: Recipe, table: Manifest, runs: list[RunInfo], fold: int, seed: int) -> None:
     """Refuse, before any run is opened, what would end badly: other settings than begun with, a start that saw OOF."""
     folder = _folder(table, recipe, fold, seed)
     if config.restart and folder.exists():
         shutil.rmtree(folder)
-    runs = [] if config.restart else tracking.find_runs(table.competition, tags | _slot_tags(fold, seed))
-    if (done := _filled(runs)) is not None:
-        return _check_views(recipe, done)  # whatever lies in the folder: another machine has filled the slot meanwhile
+    mine = [run for run in runs if _slot_tags(fold, seed).items() <= run.tags.items()]
+    if (done := _filled(mine)) is not None:  # whatever lies in the folder: another machine has filled it meanwhile
+        return _check_views(recipe, done, [Path(name).stem for name in tracking.list_artifacts(done.id, "oof")])
     start = _start(recipe, fold, seed)
     _check_start(recipe, table, fold, start)
     if (folder / "identity.json").exists():
         checkpoint.claim(folder, checkpoint.identity(recipe, table.hash, fold, seed, start))
 
 
-def _check_views(recipe: Recipe, done: RunInfo) -> None:
+def _check_views(recipe: Recipe, done: RunInfo, kept: Iterable[str]) -> None:
     """Refuse a trained slot whose OOF lacks the views of this recipe: `tta` does not make it another training."""
-    kept = [Path(name).stem for name in tracking.list_artifacts(done.id, "oof")]
     if recipe.tta not in kept:
         raise UserError(
             f"member '{recipe.member}', {done.tags['registered']}: already trained",
@@ -284,9 +284,10 @@ def _fill(call: Call, fold: int, seed: int) -> Filled | None:
         runs = _runs(call, fold, seed)  # another command may have filled it before it let go
     if (done := _filled(runs)) is not None:
         log.info("fold %d seed %d: already trained (%s)", fold, seed, done.tags["registered"])
-        _check_views(call.recipe, done)
+        oof = _stored_oof(done.id)
+        _check_views(call.recipe, done, oof)
         _discard(folder)
-        return _stored_oof(done.id), done.tags["registered"]
+        return oof, done.tags["registered"]
     resume = runs[0].id if runs and (folder.exists() or runs[0].status != "FINISHED") else None
     if resume and runs[0].status == "RUNNING":
         outlive(runs[0].tags)
