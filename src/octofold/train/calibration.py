@@ -21,12 +21,15 @@ from filelock import FileLock
 from octofold.files import ROOT, read_json, sha256_json, write_json
 from octofold.nets.models import Net
 from octofold.recipe import Recipe
+from octofold.train.machine import computing
 
 log = logging.getLogger("octofold")
 BUDGET_S = 8.0
 ROUNDS = 5
 MARGIN = 1.08
 """A way must be this much faster than plain float32, channels last, to be preferred to it."""
+KERNELS = 1
+"""Raised when `machine` changes how fast a way is, so that older measurements are not believed."""
 COMPILE_WORTH_S = 900.0
 """A CPU takes up to a minute to compile one way: members that train for less than this are not worth finding out."""
 
@@ -122,7 +125,8 @@ def _measured(recipe: Recipe, net: Net, device: torch.device, ways: list[Way]) -
     """Return what each way costs, milliseconds per step and seconds to make, None where it fails; measured once."""
     size = recipe.model.input_size
     key = sha256_json(
-        [recipe.model.model_dump(exclude={"weights"}), recipe.batch_size, machine(device), torch.__version__, ways]
+        [recipe.model.model_dump(exclude={"weights"}), recipe.batch_size, machine(device), torch.__version__, KERNELS]
+        + ways
     )[:16]
     path = ROOT / "mlruns" / "calibration.json"
     known: dict[str, dict[str, Any]] = read_json(path, "calibrations") if path.exists() else {}
@@ -220,14 +224,13 @@ def _stepper(net: Net, device: torch.device, size: int, batch: int, way: Way) ->
     images = torch.randint(0, 256, (max(2, batch), size, size, 3), dtype=torch.uint8, device=device)
     images = images.permute(0, 3, 1, 2)
     images = images if way["channels_last"] else images.contiguous()
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(way["precision"])
 
     def step() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
         begun = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, kind, enabled=kind is not None):
+        with computing(device.type, way["precision"]):
             logits = forward(images)
         logits.float().square().mean().backward()
         optimizer.step()

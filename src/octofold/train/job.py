@@ -1,8 +1,8 @@
 """A slot being trained: what it is made of, how it is opened, what each phase sets up."""
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from octofold.metrics import METRICS, adopt
 from octofold.nets import models
 from octofold.nets.tasks import Task, balanced_weights, make_task, sample_weights
 from octofold.recipe import Phase, Recipe
-from octofold.train import calibration, checkpoint, distill, harden, optim
+from octofold.train import calibration, checkpoint, distill, harden, machine, optim
 from octofold.train.batches import BLOCK, Batches, Features, Order, Pixels, seed_of
 from octofold.train.features import FrozenTrunk
 
@@ -114,12 +114,9 @@ class Job:
         """Whether batches are mixed up or cut-mixed."""
         return self.recipe.augment.mixup_prob + self.recipe.augment.cutmix_prob > 0
 
-    @contextmanager
-    def autocast(self) -> Iterator[None]:
+    def autocast(self) -> AbstractContextManager[None]:
         """Compute in the runtime's precision."""
-        kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.runtime["precision"])
-        with torch.autocast(self.devices.device.type, kind, enabled=kind is not None):
-            yield
+        return machine.computing(self.devices.device.type, self.runtime["precision"])
 
     def laid_out(self, inputs: torch.Tensor) -> torch.Tensor:
         """Put images into the runtime's memory layout (they come channels last)."""
@@ -190,6 +187,7 @@ def open_job(
     """
     if recipe.batch_size <= (few := BLOCK * (devices.world - 1)):  # the last process would never see an image
         raise UserError(f"batch_size {recipe.batch_size}", expected=f"over {few} for {devices.world} processes")
+    machine.keep_memory()
     saved = checkpoint.load(folder)
     task = make_task(manifest.task, manifest.classes, manifest.info.get("swap"))
     task.check_views(recipe.tta)
