@@ -69,16 +69,36 @@ def test_the_loss_is_smallest_where_student_and_teacher_agree() -> None:
     soft = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]])
     config = Distill(teacher="x", share=1.0, temperature=3.0)
     same = soft.log().requires_grad_()
-    distill.teach(torch.tensor(9.0), same, soft, config).backward()  # type: ignore[no-untyped-call]
+
+    def nine(rows: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.tensor(9.0)
+
+    distill.teach(nine, same, soft, config).backward()  # type: ignore[no-untyped-call]
     assert same.grad is not None
     assert same.grad.abs().max() < 1e-6
-    assert distill.teach(torch.tensor(9.0), torch.zeros(2, 3), soft, Distill(teacher="x", share=0.0)) == 9
+    assert distill.teach(nine, torch.zeros(2, 3), soft, Distill(teacher="x", share=0.0)) == 9
     unknown = torch.full((2, 3), torch.nan)
-    assert distill.teach(torch.tensor(9.0), torch.zeros(2, 3), unknown, config) == 9
+    assert distill.teach(nine, torch.zeros(2, 3), unknown, config) == 9
     half = torch.stack([soft[0], unknown[0]])  # a row the teacher does not know counts by its label
-    mixed = distill.teach(torch.tensor(9.0), torch.zeros(2, 3), half, config)
-    alone = distill.teach(torch.tensor(9.0), torch.zeros(1, 3), soft[:1], config)
+    mixed = distill.teach(nine, torch.zeros(2, 3), half, config)
+    alone = distill.teach(nine, torch.zeros(1, 3), soft[:1], config)
     assert mixed == pytest.approx(float(9 + alone) / 2)
+
+
+def test_a_row_without_a_teacher_weighs_as_much_as_one_with() -> None:
+    """A row's own share is mixed, not the batch's: the sum over rows is the same however they are put together."""
+    soft = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [torch.nan] * 3])
+    logits, target = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 3.0]]), torch.tensor([0, 2, 1])
+    config = Distill(teacher="x", share=0.6)
+
+    def loss(rows: list[int]) -> float:
+        def labels(known: torch.Tensor | None = None) -> torch.Tensor:
+            some = rows if known is None else torch.tensor(rows)[known]
+            return torch.nn.functional.cross_entropy(logits[some], target[some])
+
+        return float(distill.teach(labels, logits[rows], soft[rows], config))
+
+    assert loss([0, 1, 2]) == pytest.approx((loss([0]) + loss([1]) + loss([2])) / 3)
 
 
 def test_mixing_images_beside_a_teacher_is_refused() -> None:

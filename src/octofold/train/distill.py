@@ -5,6 +5,7 @@ The student is trained over folds like any member and has OOF of its own. One th
 for a row of fold j did train on fold k, so a trace of fold k's labels is in what the student of fold k is taught.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -92,15 +93,16 @@ def read_teacher(config: recipe.Distill, manifest: Manifest, train: npt.NDArray[
     return soft
 
 
-def teach(hard: Tensor, logits: Tensor, soft: Tensor, config: recipe.Distill) -> Tensor:
-    """Mix the loss on the labels with the cross-entropy to the teacher's probabilities.
+def teach(labels: Callable[..., Tensor], logits: Tensor, soft: Tensor, config: recipe.Distill) -> Tensor:
+    """Mix the loss on the labels with the cross-entropy to the teacher's probabilities, row by row.
 
     Args:
-        hard: scalar, the loss on the labels.
+        labels: gives the mean loss on the labels; of some rows, if it is given their mask.
         logits: ``(B, K)`` float.
         soft: ``(B, K)`` the teacher's probabilities; rows with NaN are taught by their labels alone.
         config: how much and how soft.
     """
+    hard = labels()
     known = torch.isfinite(soft).all(dim=1)
     if not bool(known.any()):
         return hard
@@ -108,5 +110,5 @@ def teach(hard: Tensor, logits: Tensor, soft: Tensor, config: recipe.Distill) ->
     wanted = (soft[known].clamp_min(TINY).log() / heat).softmax(dim=1)
     # T^2 keeps the gradient's size when the temperature changes
     taught = F.cross_entropy(logits[known] / heat, wanted) * heat**2
-    share = config.share * known.float().mean()
-    return (1 - share) * hard + share * taught
+    replaced = hard if bool(known.all()) else labels(known)
+    return hard + config.share * known.float().mean() * (taught - replaced)

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +138,11 @@ def _gradients(job: Job, part: Part, batch: list[MicroBatch], seed: int) -> floa
         _reseed(seed_of(seed, number, job.devices.rank), job.devices.device)
         with job.autocast():
             logits = part.forward(job.laid_out(micro.inputs))
-        loss = job.task.loss(logits.float(), micro.target, job.recipe.loss, job.class_weight)
-        if job.teacher is not None:
+        if job.teacher is None:
+            loss = _on_labels(job, micro, logits.float())
+        else:
             soft = job.teacher[torch.from_numpy(micro.rows)].to(logits.device)
-            loss = teach(loss, logits.float(), soft, job.recipe.distill)
+            loss = teach(partial(_on_labels, job, micro, logits.float()), logits.float(), soft, job.recipe.distill)
         (loss * (micro.share * job.scale.value)).backward()  # type: ignore[no-untyped-call]
         total += loss.detach() * micro.share
     job.devices.sum_gradients(part.parameters)
@@ -148,6 +150,14 @@ def _gradients(job: Job, part: Part, batch: list[MicroBatch], seed: int) -> floa
     if not math.isfinite(mean):
         raise diverged(job, mean)
     return mean
+
+
+def _on_labels(job: Job, micro: MicroBatch, logits: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """The mean loss of a micro-batch, or of some of its rows (a mask)."""
+    target = micro.target
+    if rows is not None:
+        logits, target = logits[rows], target[rows]
+    return job.task.loss(logits, target, job.recipe.loss, job.class_weight)
 
 
 def _reseed(seed: int, device: torch.device) -> None:
