@@ -130,6 +130,22 @@ def test_groups_by_column_and_by_near_duplicates(tmp_path: Path) -> None:
         preparing.prepare(config(tmp_path, labels=tmp_path / "l.csv", group="nosuch"))
 
 
+def test_a_group_is_the_users_own_column_whatever_ours_are_called(tmp_path: Path) -> None:
+    names = [f"{row}.png" for row in range(12)]
+    photos(tmp_path / "p", names)
+    table = pd.DataFrame({"image": names, "class": ["x", "y"] * 6})
+    own = {name: [f"{name}{row // 3}" for row in range(12)] for name in ("name", "file", "label")}
+    table.assign(**own, user_name="other").to_csv(tmp_path / "own.csv", index=False)
+    table.to_csv(tmp_path / "l.csv", index=False)
+    flags = {"label_column": "class", "twins": False}
+    for name, kept in (("name", "user_user_name"), ("file", "user_file"), ("label", "user_label")):
+        found = preparing.prepare(config(tmp_path, labels=tmp_path / "own.csv", group=name, **flags)).manifest
+        assert found.groups.tolist() == own[name]
+        assert found.table.groupby(kept)["fold"].nunique().max() == 1
+        with pytest.raises(UserError, match=f"a column '{name}'"):
+            preparing.prepare(config(tmp_path, labels=tmp_path / "l.csv", group=name, **flags))
+
+
 def test_a_folds_file_is_honoured_and_checked(tmp_path: Path) -> None:
     names = [f"{row}.png" for row in range(6)]
     photos(tmp_path / "p", names)

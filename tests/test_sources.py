@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from octofold.errors import UserError
-from octofold.prepare import sources
+from octofold.prepare import places, sources
 
 ODD_NAMES = [
     "a b.png", "груша.png", "🍏 зелёное.png", "d/e/f.png", "comma,quote\".png", "x" * 240 + ".png", "[1].png",
@@ -34,14 +34,14 @@ def csv(path: Path, text: str) -> Path:
 
 def test_odd_names_are_found(tmp_path: Path) -> None:
     folder = fill(tmp_path / "photos with space", ODD_NAMES)
-    assert sources.locate(ODD_NAMES, folder, "x.csv") == ODD_NAMES
+    assert places.locate(ODD_NAMES, folder, "x.csv") == ODD_NAMES
 
 
 def test_names_written_otherwise_are_found(tmp_path: Path) -> None:
     folder = fill(tmp_path / "p", ["d/e.png", "ё.png", "12.jpg"])
     wrote = {"d\\e.png": "d/e.png", "./d/e.png": "d/e.png", "d/../d/e.png": "d/e.png", "12": "12.jpg", " 12 ": "12.jpg"}
     wrote |= {unicodedata.normalize("NFD", "ё.png"): "ё.png", str(folder / "d" / "e.png"): "d/e.png", "d/e": "d/e.png"}
-    assert sources.locate(wrote, folder, "x.csv") == list(wrote.values())
+    assert places.locate(wrote, folder, "x.csv") == list(wrote.values())
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_names_that_leave_the_folder_are_refused(tmp_path: Path, name: str) -> N
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     (folder / "linked").symlink_to(tmp_path)
     with pytest.raises(UserError, match="lead out of it") as caught:
-        sources.locate(["ok.png", name], folder, "x.csv")
+        places.locate(["ok.png", name], folder, "x.csv")
     assert repr(name) in str(caught.value)
 
 
@@ -63,21 +63,21 @@ def test_links_inside_are_followed_and_circles_end(tmp_path: Path) -> None:
     (folder / "b.png").symlink_to("d/a.png")
     (folder / "d" / "round").symlink_to(folder)
     (tmp_path / "whole").symlink_to(folder)
-    assert sources.locate(["b.png", "d/a.png"], tmp_path / "whole", "x.csv") == ["b.png", "d/a.png"]
+    assert places.locate(["b.png", "d/a.png"], tmp_path / "whole", "x.csv") == ["b.png", "d/a.png"]
 
 
 @pytest.mark.parametrize("name", ["", "gone.png", "d", ".", "x" * 5000, "~"])
 def test_names_without_a_file_are_refused(tmp_path: Path, name: str) -> None:
     folder = fill(tmp_path / "p", ["ok.png.png", "d/a.png"])
     with pytest.raises(UserError, match="without one"):
-        sources.locate([name], folder, "x.csv")
+        places.locate([name], folder, "x.csv")
 
 
 def test_a_name_without_suffix_that_means_two_files_is_refused(tmp_path: Path) -> None:
     folder = fill(tmp_path / "p", ["a.jpg", "a.png", "b.png", "d/a.png"])
-    assert sources.locate(["a.jpg", "b", "d/a"], folder, "x.csv") == ["a.jpg", "b.png", "d/a.png"]
+    assert places.locate(["a.jpg", "b", "d/a"], folder, "x.csv") == ["a.jpg", "b.png", "d/a.png"]
     with pytest.raises(UserError, match=r"1 with several: a: a\.jpg, a\.png"):
-        sources.locate(["b", "a"], folder, "x.csv")
+        places.locate(["b", "a"], folder, "x.csv")
 
 
 @given(st.text(max_size=30))
@@ -86,7 +86,7 @@ def test_fuzzed_names_stay_inside(tmp_path: Path, name: str) -> None:
     if not folder.exists():
         fill(folder, ["ok.png", "d/a.png"])
     try:
-        (found,) = sources.locate([name], folder, "x.csv")
+        (found,) = places.locate([name], folder, "x.csv")
     except UserError:
         return
     assert Path(os.path.realpath(folder / found)).is_relative_to(folder)

@@ -133,7 +133,7 @@ def _holding(roots: list[Path], names: "pd.Series[str]", kinds: tuple[str, ...],
 
 
 def _has(folder: Path, name: str) -> bool:
-    """Whether a name, perhaps without its suffix, is a file in the folder; `sources.locate` does the checking later."""
+    """Whether a name, perhaps without its suffix, is a file in the folder; `places.locate` does the checking later."""
     if not name.strip() or "\0" in name:
         return False
     return any(os.path.isfile(f"{folder}/{name}{suffix}") for suffix in ("", *SUFFIXES))

@@ -233,9 +233,8 @@ def _group(
     """
     table["group"] = ""
     if config.group not in ("auto", "none"):
-        name = config.group if config.group in source.table else f"user_{config.group}"
-        column = name if name in source.table else config.group
-        table["group"] = sources.column(source.table, column, config.labels, "group").str.strip()[table["row"]].tolist()
+        own = sources.groups(source, config.group, config.label_column, config.labels or config.images)
+        table["group"] = own[table["row"]].tolist()
     elif config.group == "auto":
         (rows, other), (pairs, twins) = images, found
         # where test images chose a cut (then or now), it sees to the twins

@@ -5,12 +5,10 @@ Every name in a user's file is checked here: it must lead to a file inside the f
 
 import csv
 import io
-import os
 import re
-import unicodedata
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ import pandas as pd
 from octofold.data.images import SUFFIXES, find_images
 from octofold.errors import UserError, preview
 from octofold.files import existing, read_json
+from octofold.prepare.places import locate
 
 WHOLE = re.compile(r"[+-]?\d+(\.0+)?")
 RESERVED = {"sample_id", "path", "fold", "file", "name", "names", "width", "height", "group", "label"} | {
@@ -35,7 +34,8 @@ class Source:
             NaN = occluded), then the user's other columns as text.
         images: folder, absolute.
         names: class names in their stored order, or point names.
-        info: ``label_type`` (int or str), ``point_suffixes`` as the user writes them, and what else is worth keeping.
+        info: ``label_type`` (int or str), ``point_suffixes`` as the user writes them, ``renamed`` (columns of theirs
+            that would hide ours, and their new names), and what else is worth keeping.
     """
 
     table: pd.DataFrame
@@ -131,10 +131,12 @@ def from_csv(path: Path, images: Path, image_column: str, label_column: str, tas
     files = locate(names_given, images, path)
     if label_column == image_column and task == "classify":
         raise UserError(path, expected="two columns, image and label", got=f"'{label_column}' for both")
-    rest = _make_room(table.drop(columns=[image_column]), label_column if task == "classify" else "")
+    rest, renamed = _make_room(table.drop(columns=[image_column]), label_column if task == "classify" else "")
     rest = rest.assign(file=files, name=names_given.str.strip())
+    more = {"renamed": renamed} if renamed else {}
     if task == "keypoints":
-        return _points(rest, images, path)
+        source = _points(rest, images, path)
+        return replace(source, info={**source.info, **more})
     labels = column(table, label_column, path, "label_column").str.strip()
     empty = np.flatnonzero(labels == "")
     if len(empty):
@@ -142,18 +144,29 @@ def from_csv(path: Path, images: Path, image_column: str, label_column: str, tas
             path, expected=f"a label in every row of '{label_column}'", got=f"none in line {preview(empty + 2)}"
         )
     labels, names, kind = _classes(labels)
-    return Source(rest.drop(columns=[label_column]).assign(label=labels), images, names, {"label_type": kind})
+    return Source(rest.drop(columns=[label_column]).assign(label=labels), images, names, {"label_type": kind, **more})
 
 
-def _make_room(table: pd.DataFrame, label_column: str) -> pd.DataFrame:
-    """Rename the user's own columns where ours would overwrite them: ``fold`` becomes ``user_fold``."""
+def _make_room(table: pd.DataFrame, label_column: str) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Rename the user's own columns where ours would overwrite them: ``fold`` becomes ``user_fold``; say which."""
     renamed: dict[str, str] = {}
-    for name in RESERVED & set(table.columns) - {label_column}:
+    for name in sorted(RESERVED & set(table.columns) - {label_column}):
         new = f"user_{name}"
         while new in table or new in renamed.values():
             new = f"user_{new}"
         renamed[name] = new
-    return table.rename(columns=renamed)
+    return table.rename(columns=renamed), renamed
+
+
+def groups(source: Source, name: str, label_column: str, path: object) -> "pd.Series[str]":
+    """The user's own column that says which samples belong together (``--group``); never one that we have made.
+
+    Raises:
+        UserError: the user has no such column.
+    """
+    theirs = source.info.get("renamed", {}).get(name, name)
+    ours = ["file", "name"] if label_column == "label" else ["file", "name", "label"]
+    return column(source.table.drop(columns=ours, errors="ignore"), theirs, path, "group").str.strip()
 
 
 def _classes(labels: "pd.Series[str]") -> tuple["pd.Series[str]", tuple[str, ...], str]:
@@ -239,110 +252,6 @@ def fix_classes(source: Source, path: Path) -> Source:
     if unknown:
         raise UserError(path, expected=f"every label among {preview(names, 8)}", got=f"unknown: {preview(unknown)}")
     return Source(source.table, source.images, names, source.info)
-
-
-def locate(names: Iterable[str], folder: Path, where: object) -> list[str]:
-    """Find each named image inside `folder`.
-
-    A name may lack its suffix, be written with backslashes or in another Unicode form, or be absolute if it still
-    lies inside; one that leaves the folder (``../``, absolute, through a link) is refused.
-
-    Returns:
-        posix paths relative to `folder`, in the order of `names`.
-
-    Raises:
-        UserError: names that are empty, lead out of the folder, have no file, or no suffix and several files; each
-            kind is listed.
-    """
-    root = folder.resolve()
-    present = _listing(root)
-    known: dict[str, str] = {}
-    twofold: dict[str, list[str]] = {}
-    found, missing, outside, doubtful = [], [], [], []
-    for name in names:
-        if name in present:
-            found.append(name)
-            continue
-        if not known:
-            known = {_plain(path): path for path in sorted(present, reverse=True)}
-            stems: dict[str, list[str]] = {}
-            for path in sorted(known):
-                if path.lower().endswith(SUFFIXES):
-                    stems.setdefault(path.rpartition(".")[0], []).append(path)
-            twofold = {stem: paths for stem, paths in stems.items() if len(paths) > 1 and stem not in known}
-            known = {stem: known[paths[0]] for stem, paths in stems.items()} | known
-        if (inside := _inside(name, root)) is None:
-            outside.append(name)
-        elif inside in twofold:  # photo.jpg beside its mask photo.png: nobody says which
-            doubtful.append(f"{name}: {preview(twofold[inside])}")
-        elif inside in known:
-            found.append(known[inside])
-        else:
-            missing.append(name)
-    if outside:
-        raise UserError(
-            where,
-            expected=f"image names inside {root}",
-            got=f"{len(outside)} that lead out of it: {preview(map(repr, outside))}",
-            fix="copy the files into the folder, or give --images the folder that holds them all",
-        )
-    if doubtful:
-        raise UserError(
-            where,
-            expected="one image for every name without a suffix",
-            got=f"{len(doubtful)} with several: {preview(doubtful)}",
-            fix="write the suffixes too, or keep the other files in another folder",
-        )
-    if missing:
-        raise UserError(
-            where,
-            expected=f"a file in {root} for every image name",
-            got=f"{len(missing)} without one: {preview(map(repr, missing))}",
-            fix="check the folder, or remove the rows",
-        )
-    return found
-
-
-def _plain(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
-
-
-def _listing(root: Path) -> set[str]:
-    """Relative posix paths of the files under `root`, without links that lead out of it."""
-    found, seen = set(), set()
-    for place, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen or not Path(real).is_relative_to(root):
-            folders.clear()  # a link that leads out, or round in a circle
-            continue
-        seen.add(real)
-        prefix = "" if place == str(root) else Path(place).relative_to(root).as_posix() + "/"
-        for name in files:
-            full = f"{place}/{name}"
-            if not os.path.islink(full) or Path(os.path.realpath(full)).is_relative_to(root):
-                found.add(prefix + name)
-    return found
-
-
-def _inside(name: str, root: Path) -> str | None:
-    """The name made plain and relative to `root`, or None where it leads out."""
-    text = name.strip().replace("\\", "/")
-    if "\0" in text or re.match(r"[A-Za-z]:/", text):
-        return None
-    if text.startswith("/"):
-        path = Path(os.path.normpath(text))
-        path = path if path.is_relative_to(root) else Path(os.path.realpath(path))
-        return _plain(path.relative_to(root).as_posix()) if path.is_relative_to(root) else None
-    text = os.path.normpath(text) if text else ""
-    if PurePosixPath(text).parts[:1] == ("..",) or (
-        len(text) < 4000 and os.path.lexists(root / text) and _leads_out(root / text, root)
-    ):
-        return None
-    return _plain(text)
-
-
-def _leads_out(path: Path, root: Path) -> bool:
-    return not Path(os.path.realpath(path)).is_relative_to(root)
 
 
 def from_test(
