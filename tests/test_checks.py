@@ -88,7 +88,8 @@ def test_group_names_do_not_depend_on_row_order() -> None:
 @pytest.mark.parametrize(
     ("name", "odd"),
     [("p.png", "palette"), ("a.png", "alpha"), ("c.jpg", "CMYK"), ("m.webp", "animated"), ("s.png", "16-bit"),
-     ("f.tif", "32-bit"), ("e.jpg", "EXIF-rotated"), ("t.png", "palette, alpha"), ("plain.png", "")],
+     ("f.tif", "32-bit"), ("e.jpg", "EXIF-rotated"), ("e.tif", "EXIF-rotated"), ("t.png", "palette, alpha"),
+     ("plain.png", "")],
 )  # fmt: skip
 def test_oddities_are_named(tmp_path: Path, name: str, odd: str) -> None:
     from test_images import png16
@@ -103,12 +104,13 @@ def test_oddities_are_named(tmp_path: Path, name: str, odd: str) -> None:
         "s.png": lambda: png16(path, np.asarray(image.convert("L")).astype(np.uint16) * 257),
         "f.tif": lambda: Image.fromarray(np.asarray(image.convert("L"), np.float32)).save(path),
         "e.jpg": lambda: image.crop((0, 0, 96, 40)).save(path, exif=exif),
+        "e.tif": lambda: image.crop((0, 0, 96, 40)).save(path, exif=exif),
         "t.png": lambda: image.quantize(64).save(path, transparency=3),
         "plain.png": lambda: image.save(path),
     }[name]()
     row = checks.look([name], tmp_path, progress=False).table.iloc[0]
     assert (row["odd"], row["problem"]) == (odd, "")
-    assert (row["width"], row["height"]) == ((40, 96) if name == "e.jpg" else (96, 96))
+    assert (row["width"], row["height"]) == ((40, 96) if name[0] == "e" else (96, 96))
 
 
 def test_problems_are_told_not_raised(tmp_path: Path) -> None:

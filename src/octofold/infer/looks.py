@@ -11,7 +11,9 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from octofold.data.images import SUFFIXES, Frame, PixelSpec, find_images, fit, open_bytes, square
+from octofold.data.decoding import open_bytes
+from octofold.data.folders import SUFFIXES, find_images
+from octofold.data.images import Frame, PixelSpec, fit, square
 from octofold.data.manifest import ID_LENGTH, Manifest
 from octofold.data.manifest import read as read_manifest
 from octofold.errors import UserError

@@ -19,7 +19,7 @@ from typing import IO, NamedTuple
 
 from tqdm import tqdm
 
-from octofold.data.images import SUFFIXES
+from octofold.data.folders import SUFFIXES
 from octofold.errors import UserError
 from octofold.files import write_json
 

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.fft import dctn
 from tqdm import tqdm
 
-from octofold.data.images import has_alpha, open_bytes, orientation, to_rgb, upright
+from octofold.data.decoding import has_alpha, open_bytes, orientation_tag, to_rgb, upright, upright_size
 from octofold.data.manifest import ID_LENGTH
 from octofold.errors import UserError
 
@@ -69,10 +69,8 @@ def _look(path: Path) -> tuple[dict[str, object], int, npt.NDArray[np.uint8]]:
         facts["sample_id"] = str(facts["sha256"])[:ID_LENGTH]
         image = open_bytes(data, path)
         facts["mode"], facts["odd"] = image.mode, ", ".join(oddities(image))
-        width, height = image.size
+        width, height = upright_size(image, path)
         image.draft(None, (2 * SIDE, 2 * SIDE))
-        if orientation(image) >= 5:
-            width, height = height, width
         pixels = to_rgb(upright(image, path), path)
     except UserError as error:
         facts["problem"] = next((line[12:] for line in str(error).splitlines() if "got: " in line), str(error))
@@ -96,7 +94,7 @@ def _phash(grey: npt.NDArray[np.float32]) -> int:
 
 
 def oddities(image: Image.Image) -> list[str]:
-    """What is unusual about an opened image; every one of these is handled (see images.py), and reported."""
+    """What is unusual about an opened image; every one of these is handled (see decoding.py), and reported."""
     found = [image.mode] if image.mode in ("CMYK", "LAB", "YCbCr", "HSV") else []
     if image.mode.startswith("I") or image.mode == "F":
         found.append("16-bit" if image.mode.startswith("I;16") else "32-bit")
@@ -106,6 +104,6 @@ def oddities(image: Image.Image) -> list[str]:
         found.append("alpha")
     if getattr(image, "n_frames", 1) > 1:
         found.append("animated")
-    if orientation(image) != 1:
+    if orientation_tag(image) != 1:
         found.append("EXIF-rotated")
     return found

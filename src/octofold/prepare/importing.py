@@ -10,7 +10,7 @@ import pandas as pd
 from PIL import Image
 
 from octofold.commands import Prepare
-from octofold.data.images import SUFFIXES, find_images
+from octofold.data.folders import SUFFIXES, find_images
 from octofold.errors import UserError, preview
 from octofold.files import ROOT, atomic, existing
 from octofold.prepare import archives, hub, sources

@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from octofold.data.images import SUFFIXES
+from octofold.data.folders import SUFFIXES
 from octofold.errors import UserError, preview
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from octofold.data.images import SUFFIXES, find_images
+from octofold.data.folders import SUFFIXES, find_images
 from octofold.errors import UserError, preview
 from octofold.files import existing, read_json
 from octofold.prepare.places import locate
