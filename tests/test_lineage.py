@@ -153,6 +153,18 @@ def test_re_encoded_images_keep_fold_and_decision(photos: Path) -> None:
     assert set(second.changes["change"]) == {"re-encoded", "relabelled", "gone"}
 
 
+def test_a_dropped_image_stays_dropped_when_the_one_it_looks_like_is_removed(photos: Path) -> None:
+    scene(0, 48).point(lambda value: min(255, value + 3)).save(photos / "p" / "a" / "like 0.png")
+    first, _ = run(photos)
+    acts = {"a/like 0.png": ("drop", ""), "a/0.png": ("keep", "")}
+    run(photos, decisions=decide(photos, first.manifest, acts))
+    (photos / "p" / "a" / "0.png").unlink()
+    for _ in range(2):
+        assert "a/like 0.png" not in set(run(photos, decisions=photos / "decisions.jsonl")[0].manifest.table["path"])
+    again, _ = run(photos, previous=photos / "out" / "manifest.csv")  # without its decision it is new, not re-encoded
+    assert "re-encoded" not in set(again.problems["kind"])
+
+
 def test_a_decision_settles_an_image_under_two_labels(photos: Path) -> None:
     twin = photos / "p" / "b" / "twin of 0.png"
     first, _ = run(photos)

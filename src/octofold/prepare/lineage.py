@@ -5,7 +5,7 @@ missing. An image that was re-encoded has new bytes, hence a new id: it is recog
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,24 @@ def same_looks(gone: Sequence[str], new: Fingerprints, folder: Path) -> dict[str
         if one not in found and other not in found.values():
             found[one] = other
     return found
+
+
+def re_encoded(old: Manifest, prints: Fingerprints, folder: Path, judged: Iterable[str]) -> dict[str, str]:
+    """Which images of the manifest before have new bytes now: ``{old id: new id}``.
+
+    Only an image never seen before can be another's new bytes: one that was here then and was dropped, or has a
+    decision of its own, is itself, however much it looks like one that is gone.
+
+    Args:
+        old: the manifest before.
+        prints: looks of the images that are here now.
+        folder: where the looks of the old ones are remembered.
+        judged: ids with a decision of their own.
+    """
+    seen = {*old.sample_ids.tolist(), *read(folder).ids.tolist(), *judged}
+    fresh = np.array([name not in seen for name in prints.ids.tolist()], bool)
+    new = Fingerprints(prints.ids[fresh], prints.phash[fresh], prints.tiny[fresh])
+    return same_looks(sorted(set(old.sample_ids.tolist()) - set(prints.ids.tolist())), new, folder)
 
 
 def carry(table: pd.DataFrame, previous: Manifest, same: dict[str, str]) -> tuple[npt.NDArray[np.int64], list[str]]:

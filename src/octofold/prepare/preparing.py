@@ -86,9 +86,8 @@ def prepare(config: Prepare) -> Prepared:
     before = _Before(old, old.file.parent if old and old.file else folder_of(config))
     table, prints = _samples(config, source, found)
     if old is not None:
-        fresh = ~np.isin(prints.ids, old.sample_ids)
-        new = Fingerprints(prints.ids[fresh], prints.phash[fresh], prints.tiny[fresh])
-        before.same = lineage.same_looks(sorted(set(old.sample_ids) - set(prints.ids)), new, before.folder)
+        judged = journal.read(config.decisions).decisions() if config.decisions else {}
+        before.same = lineage.re_encoded(old, prints, before.folder, judged)
         for row in table[table["sample_id"].isin(before.same.values())].itertuples():
             found.add("train", row, "re-encoded", "looks like an image of the manifest before", "keeps its fold")
     table, decided = _replay(config, source, table, before)
