@@ -174,6 +174,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "in" / "empty.jpg").write_bytes(b"")
     (tmp_path / "in" / "cut.jpg").write_bytes(paths[0].read_bytes()[:200])
     (tmp_path / "in" / "text.png").write_text("not a picture")
+    (tmp_path / "in" / "phone.heic").write_bytes(b"x")
     return tmp_path / "in"
 
 
@@ -184,7 +185,7 @@ def test_a_job_in_parts_equals_one_job_and_names_what_it_skipped(
     source = looks.find(folder)
     whole = shards.run(crew, source, How("geo4", 4), progress=False)
     assert whole is not None
-    assert [one.name for one in whole.skipped] == ["cut.jpg", "empty.jpg", "text.png"]
+    assert [one.name for one in whole.skipped] == ["cut.jpg", "empty.jpg", "text.png", "phone.heic"]
     assert len(whole.files) == 8  # the copy is a file,
     assert len(whole.predictions.sample_ids) == 7  # but not another sample
     assert shards.run(crew, source, How("geo4", 4), shards=3, shard=1, progress=False) is None
@@ -231,7 +232,7 @@ def test_results_by_file_and_sorted_copies(
     lines = Path(paths["predictions_csv"]).read_text().splitlines()
     assert lines[0] == "file,sample_id,predicted,confidence,red,green,blue"
     assert len(lines) == 9
-    assert Path(paths["skipped_csv"]).read_text().count("\n") == 4
+    assert Path(paths["skipped_csv"]).read_text().count("\n") == 5
     for _ in range(2):  # twice: the same files again
         assert results.sort_into(result, source, tmp_path / "sorted") == 8
         copies = [path for path in (tmp_path / "sorted").rglob("*") if path.is_file()]

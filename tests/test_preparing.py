@@ -85,6 +85,17 @@ def test_bad_images_are_left_out_by_name_and_odd_ones_kept(tmp_path: Path) -> No
         preparing.prepare(config(tmp_path, conflicts="refuse"))
 
 
+def test_files_that_nobody_looks_at_are_named(tmp_path: Path) -> None:
+    folder, test = classes(tmp_path), photos(tmp_path / "t", ["1.png"], 70)
+    for path in (folder / "a" / "x.heic", folder / "b" / "y.jfif", test / "z.HEIC", folder / "a" / "notes.txt"):
+        path.write_bytes(b"x")
+    found = preparing.prepare(config(tmp_path, test_images=test)).problems
+    told = found[found["kind"] == "not looked at"]
+    assert list(zip(told["set"], told["file"], strict=True)) == [
+        ("train", "a/x.heic"), ("train", "b/y.jfif"), ("test", "z.HEIC"),
+    ]  # fmt: skip
+
+
 def test_nothing_readable_is_refused(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / "p" / name).mkdir(parents=True)

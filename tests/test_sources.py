@@ -62,8 +62,20 @@ def test_links_inside_are_followed_and_circles_end(tmp_path: Path) -> None:
     folder = fill(tmp_path / "p", ["d/a.png"])
     (folder / "b.png").symlink_to("d/a.png")
     (folder / "d" / "round").symlink_to(folder)
+    (folder / "another").symlink_to("d")  # whichever of the two is listed first, both names lead to the photo
     (tmp_path / "whole").symlink_to(folder)
-    assert places.locate(["b.png", "d/a.png"], tmp_path / "whole", "x.csv") == ["b.png", "d/a.png"]
+    names = {"b.png": "b.png", "d/a.png": "d/a.png", "another/a.png": "d/a.png", "d/round/d/a": "d/a.png"}
+    assert places.locate(names, tmp_path / "whole", "x.csv") == list(names.values())
+
+
+def test_a_linked_class_folder_is_refused(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "p", ["a/1.png", "b/2.png"])
+    fill(tmp_path, ["elsewhere/3.png"])
+    (folder / "c").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="1 linked: c"):
+        sources.from_class_folders(folder)
+    with pytest.raises(UserError, match="1 linked: c"):
+        sources.from_test(folder, None, "image", "label", ("a", "b"), "classify")
 
 
 @pytest.mark.parametrize("name", ["", "gone.png", "d", ".", "x" * 5000, "~"])

@@ -36,7 +36,7 @@ class Result:
     Attributes:
         predictions: one row per distinct content.
         files: every file that could be read, as (name, sample id).
-        skipped: every file that could not, and why.
+        skipped: every file that could not, or was not looked at, and why.
     """
 
     predictions: Predictions
@@ -177,7 +177,8 @@ def _join(parts: Sequence[Predictions], source: Source) -> Result:
     _, first = np.unique(ids, return_index=True)  # one content may have fallen into two parts
     keep = np.sort(first)
     extra = {name: value for name, value in parts[0].extra.items() if name not in ("files", "skipped")}
-    return Result(replace(parts[0], sample_ids=ids[keep], values=values[keep], extra=extra), files, skipped)
+    said = replace(parts[0], sample_ids=ids[keep], values=values[keep], extra=extra)
+    return Result(said, files, [*skipped, *source.left_out])
 
 
 def rows(result: Result) -> Iterator[tuple[str, str, np.ndarray]]:

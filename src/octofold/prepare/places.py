@@ -77,14 +77,12 @@ def _plain(name: str) -> str:
 
 
 def _listing(root: Path) -> set[str]:
-    """Relative posix paths of the files under `root`, without links that lead out of it."""
-    found, seen = set(), set()
-    for place, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen or not Path(real).is_relative_to(root):
-            folders.clear()  # a link that leads out, or round in a circle
-            continue
-        seen.add(real)
+    """Relative posix paths of the files under `root`, without links that lead out of it.
+
+    Linked folders are not entered: `_inside` leads a name through them to the folder itself.
+    """
+    found = set()
+    for place, _, files in os.walk(root):
         prefix = "" if place == str(root) else Path(place).relative_to(root).as_posix() + "/"
         for name in files:
             full = f"{place}/{name}"
@@ -107,6 +105,8 @@ def _inside(name: str, root: Path) -> str | None:
         len(text) < 4000 and os.path.lexists(root / text) and _leads_out(root / text, root)
     ):
         return None
+    if len(text) < 4000 and (folder := Path(os.path.realpath((root / text).parent))) != (root / text).parent:
+        text = (folder / PurePosixPath(text).name).relative_to(root).as_posix()  # by a link to a folder inside
     return _plain(text)
 
 
