@@ -3,9 +3,11 @@
 import csv as writers
 import os
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,6 +32,12 @@ def fill(folder: Path, names: list[str]) -> Path:
 def csv(path: Path, text: str) -> Path:
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def read(folder: Path, names: Sequence[str], **info: object) -> sources.Source:
+    """A training part of these classes."""
+    kind = "int" if all(name.isdigit() for name in names) else "str"
+    return sources.Source(pd.DataFrame(), folder, tuple(names), {"label_type": kind, **info})
 
 
 def test_odd_names_are_found(tmp_path: Path) -> None:
@@ -75,7 +83,7 @@ def test_a_linked_class_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="1 linked: c"):
         sources.from_class_folders(folder)
     with pytest.raises(UserError, match="1 linked: c"):
-        sources.from_test(folder, None, "image", "label", ("a", "b"), "classify")
+        sources.from_test(folder, None, "image", "label", read(tmp_path, "ab"), "classify")
 
 
 @pytest.mark.parametrize("name", ["", "gone.png", "d", ".", "x" * 5000, "~"])
@@ -152,6 +160,35 @@ def test_numbers_sort_as_numbers_and_text_stays_text(tmp_path: Path) -> None:
         assert one.table["label"].tolist() == list(labels)
 
 
+def test_leading_zeros_come_back_in_the_submission(tmp_path: Path) -> None:
+    fill(tmp_path / "p", [f"{row}.png" for row in range(3)])
+
+    def labelled(*labels: str) -> sources.Source:
+        text = "image,label\n" + "".join(f"{row}.png,{label}\n" for row, label in enumerate(labels))
+        return sources.from_csv(csv(tmp_path / "t.csv", text), tmp_path / "p", "image", "label", "classify")
+
+    one = labelled("002", "010", "001")
+    assert (one.names, one.info["spelling"]) == (("1", "2", "10"), {"1": "001", "2": "002", "10": "010"})
+    assert sources.fix_classes(one, csv(tmp_path / "c.txt", "010\n002\n001\n")).names == ("10", "2", "1")
+    assert "spelling" not in labelled("1.0", "2.0", "+3").info
+    with pytest.raises(UserError, match="01, 1"):
+        labelled("1", "01", "2")
+    for sample, spelled, style in [
+        ("image,label\n0.png,000\n", one.info["spelling"], "labels"),  # shows no class of ours: as train
+        ("image,label\n0.png,1\n", {}, "labels"),
+        ("image,002,001,010\n0.png,0,0,0\n", one.info["spelling"], "probabilities"),
+        ("image,2,1,10\n0.png,0,0,0\n", {}, "probabilities"),
+    ]:
+        path = csv(tmp_path / "s.csv", sample)
+        _, info = sources.from_test(tmp_path / "p", path, "image", "label", one, "classify")
+        assert (info["spelling"], info["style"]) == (spelled, style)
+    plain = read(tmp_path, "12")
+    _, info = sources.from_test(
+        tmp_path / "p", csv(tmp_path / "s.csv", "image,label\n0.png,01\n"), "image", "label", plain, "classify"
+    )
+    assert info["spelling"] == {"1": "01"}
+
+
 def test_the_users_own_columns_make_room(tmp_path: Path) -> None:
     fill(tmp_path / "p", ["a.png"])
     text = "image,label,fold,path,user_fold,note\na.png,x,7,elsewhere,8,hi\n"
@@ -219,14 +256,21 @@ def test_wrong_points_are_refused(tmp_path: Path, text: str, words: str) -> None
 def test_wrong_sample_submissions_are_refused(tmp_path: Path, text: str, words: str) -> None:
     fill(tmp_path / "t", ["a.png", "b.png"])
     with pytest.raises(UserError) as caught:
-        sources.from_test(tmp_path / "t", csv(tmp_path / "s.csv", text), "image", "label", ("0", "1"), "classify")
+        sources.from_test(
+            tmp_path / "t", csv(tmp_path / "s.csv", text), "image", "label", read(tmp_path, "01"), "classify"
+        )
     assert words in str(caught.value)
 
 
 def test_sample_submission_sets_names_order_and_style(tmp_path: Path) -> None:
     fill(tmp_path / "t", ["a.png", "b.png"])
     rows, info = sources.from_test(
-        tmp_path / "t", csv(tmp_path / "s.csv", "id,0,1\nb,0.5,0.5\na,0,1\n"), "image", "label", ("0", "1"), "classify"
+        tmp_path / "t",
+        csv(tmp_path / "s.csv", "id,0,1\nb,0.5,0.5\na,0,1\n"),
+        "image",
+        "label",
+        read(tmp_path, "01"),
+        "classify",
     )
     assert rows.to_dict("list") == {"file": ["b.png", "a.png"], "name": ["b", "a"]}
     assert (info["style"], info["id_style"], info["image_column"]) == ("probabilities", "stem", "id")
@@ -274,7 +318,7 @@ def test_fuzzed_landmarks_and_samples_are_right_or_refused(tmp_path: Path, text:
             numbers = one.table[[f"{name}_{axis}" for name in one.names for axis in "xy"]].to_numpy(float)
             assert not np.isinf(numbers).any()
         else:
-            rows, _ = sources.from_test(folder, path, "image", "label", ("0", "1"), "classify")
+            rows, _ = sources.from_test(folder, path, "image", "label", read(tmp_path, "01"), "classify")
             files = rows["file"]
             assert rows["name"].is_unique
     except UserError:

@@ -30,7 +30,7 @@ def read_test(
             Fingerprints(np.zeros(0, "U16"), np.zeros(0, np.uint64), np.zeros((0, 0), np.uint8)),
         )
     given = (config.test_images, config.sample_submission, config.image_column, config.label_column)
-    rows, info = sources.from_test(*given, source.names, config.task)
+    rows, info = sources.from_test(*given, source, config.task)
     folder = existing(config.test_images, "test images").resolve()
     looks = checks.look(rows["file"].tolist(), folder, "look at test")
     table = looks.table.assign(name=rows["name"])

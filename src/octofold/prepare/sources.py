@@ -6,7 +6,7 @@ Every name in a user's file is checked here: it must lead to a file inside the f
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from octofold.files import existing, read_json
 from octofold.prepare.places import locate
 
 WHOLE = re.compile(r"[+-]?\d+(\.0+)?")
+PADDED = re.compile(r"0[0-9]+")  # 001: a number to us, but a submission has to write it so
 RESERVED = {"sample_id", "path", "fold", "file", "name", "names", "width", "height", "group", "label"} | {
     "sha256", "mode", "odd", "brightness", "contrast", "sharpness", "problem"}  # fmt: skip
 POINT = re.compile(r"(.+)_([xyXY])")
@@ -34,8 +35,9 @@ class Source:
             NaN = occluded), then the user's other columns as text.
         images: folder, absolute.
         names: class names in their stored order, or point names.
-        info: ``label_type`` (int or str), ``point_suffixes`` as the user writes them, ``renamed`` (columns of theirs
-            that would hide ours, and their new names), and what else is worth keeping.
+        info: ``label_type`` (int or str), ``spelling`` (how they write labels with leading zeros: ``{"1": "001"}``),
+            ``point_suffixes`` as the user writes them, ``renamed`` (columns of theirs that would hide ours, and their
+            new names), and what else is worth keeping.
     """
 
     table: pd.DataFrame
@@ -143,8 +145,8 @@ def from_csv(path: Path, images: Path, image_column: str, label_column: str, tas
         raise UserError(
             path, expected=f"a label in every row of '{label_column}'", got=f"none in line {preview(empty + 2)}"
         )
-    labels, names, kind = _classes(labels)
-    return Source(rest.drop(columns=[label_column]).assign(label=labels), images, names, {"label_type": kind, **more})
+    labels, names, known = _classes(labels, path)
+    return Source(rest.drop(columns=[label_column]).assign(label=labels), images, names, {**known, **more})
 
 
 def _make_room(table: pd.DataFrame, label_column: str) -> tuple[pd.DataFrame, dict[str, str]]:
@@ -169,12 +171,35 @@ def groups(source: Source, name: str, label_column: str, path: object) -> "pd.Se
     return column(source.table.drop(columns=ours, errors="ignore"), theirs, path, "group").str.strip()
 
 
-def _classes(labels: "pd.Series[str]") -> tuple["pd.Series[str]", tuple[str, ...], str]:
-    """Labels as text, class names in order, and their type: numbers sort as numbers (9 before 10), names as names."""
-    if labels.map(lambda text: WHOLE.fullmatch(text) is not None).all():
-        labels = as_labels(labels, "int")
-        return labels, tuple(sorted(set(labels), key=int)), "int"
-    return labels, tuple(sorted(set(labels))), "str"
+def _classes(labels: "pd.Series[str]", path: object) -> tuple["pd.Series[str]", tuple[str, ...], dict[str, Any]]:
+    """Labels as text, class names in order, their type and spelling: numbers sort as numbers (9 before 10).
+
+    Raises:
+        UserError: ``1`` and ``01`` side by side: nobody says whether they are one class.
+    """
+    if not labels.map(lambda text: WHOLE.fullmatch(text) is not None).all():
+        return labels, tuple(sorted(set(labels))), {"label_type": "str"}
+    bare = as_labels(labels, "int")
+    digits = labels[labels.str.fullmatch("[0-9]+")].drop_duplicates()
+    twice = sorted(digits[as_labels(digits, "int").duplicated(keep=False)])
+    if twice:
+        fix = "write each class one way (or, if they are different classes, by names that are no numbers)"
+        raise UserError(path, expected="one spelling of each label", got=preview(twice), fix=fix)
+    spelling = _padded(labels)
+    return bare, tuple(sorted(set(bare), key=int)), {"label_type": "int"} | ({"spelling": spelling} if spelling else {})
+
+
+def _padded(labels: Iterable[str]) -> dict[str, str]:
+    """``{"1": "001"}`` for the labels that are written with leading zeros."""
+    return {str(int(text)): text for text in labels if PADDED.fullmatch(text)}
+
+
+def _spelling(shown: Iterable[str], names: Sequence[str], train: Mapping[str, str]) -> dict[str, str]:
+    """How a submission writes each class: as the sample does, where it shows classes at all, else as train does."""
+    texts = pd.Series(list(shown), dtype=str).str.strip().drop_duplicates()
+    seen = texts[as_labels(texts, "int").isin(names)]
+    padded = _padded(seen)
+    return dict(train) | padded if padded or seen.empty else {}
 
 
 def as_labels(values: "pd.Series[str]", kind: str) -> "pd.Series[str]":
@@ -231,8 +256,8 @@ def from_class_folders(images: Path) -> Source:
         raise UserError(
             images, expected="one folder per class, images inside", got=got, fix="or give --labels FILE.csv"
         )
-    labels, names, kind = _classes(pd.Series([name.partition("/")[0] for name in files]))
-    return Source(pd.DataFrame({"file": files, "name": files, "label": labels}), images, names, {"label_type": kind})
+    labels, names, known = _classes(pd.Series([name.partition("/")[0] for name in files]), images)
+    return Source(pd.DataFrame({"file": files, "name": files, "label": labels}), images, names, known)
 
 
 def fix_classes(source: Source, path: Path) -> Source:
@@ -246,7 +271,8 @@ def fix_classes(source: Source, path: Path) -> Source:
     value = value.get("classes") if isinstance(value, dict) else value
     if not isinstance(value, list):
         raise UserError(path, expected="a list of class names", got=type(value).__name__)
-    names = tuple(str(name).strip() for name in value if str(name).strip())
+    given = pd.Series([str(name) for name in value if str(name).strip()], dtype=str)
+    names = tuple(as_labels(given, str(source.info["label_type"])))
     if len(set(names)) != len(names):
         raise UserError(path, expected="each class once", got=f"{len(names) - len(set(names))} repeated")
     unknown = sorted(set(source.table["label"]) - set(names))
@@ -256,7 +282,7 @@ def fix_classes(source: Source, path: Path) -> Source:
 
 
 def from_test(
-    images: Path, sample: Path | None, image_column: str, label_column: str, names: Sequence[str], task: str
+    images: Path, sample: Path | None, image_column: str, label_column: str, source: Source, task: str
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Read the test set: the sample submission's rows if there is one, else every image in the folder.
 
@@ -284,12 +310,15 @@ def from_test(
     if not others:
         raise UserError(sample, expected="an id column and what to predict", got=f"only '{id_column}'")
     label = label_column if label_column in others else others[0]
-    wide = task == "classify" and len(others) > 1 and set(others) >= set(names)
+    kind, train = str(source.info.get("label_type", "")), source.info.get("spelling", {})
+    wide = task == "classify" and len(others) > 1 and set(as_labels(pd.Series(others), kind)) >= set(source.names)
+    spelling = _spelling(others if wide else table[label], source.names, train) if kind == "int" else {}
     info = {
         "image_column": id_column,
         "label_column": label,
         "columns": list(table.columns),
         "style": "points" if task == "keypoints" else "probabilities" if wide else "labels",
         "id_style": "name" if ids.str.lower().str.endswith(SUFFIXES).all() else "stem",
+        **({"spelling": spelling} if spelling or train else {}),
     }
     return pd.DataFrame({"file": locate(ids, images, sample), "name": ids}), info
