@@ -51,6 +51,7 @@ def test_side_by_side_gives_the_same_bytes(config: Infer, tmp_path: Path) -> Non
         joined = shards.run(crew, source, way, 3, progress=False)
         assert joined is not None
         written.append(Path(results.write(joined, tmp_path / f"out{parallel}")["predictions"]).read_bytes())
+        shards.clear(joined)
     assert written[0] == written[1]
 
 

@@ -185,6 +185,7 @@ def test_a_job_in_parts_equals_one_job_and_names_what_it_skipped(
     source = looks.find(folder)
     whole = shards.run(crew, source, How("geo4", 4), progress=False)
     assert whole is not None
+    shards.clear(whole)
     assert [one.name for one in whole.skipped] == ["cut.jpg", "empty.jpg", "text.png", "phone.heic"]
     assert len(whole.files) == 8  # the copy is a file,
     assert len(whole.predictions.sample_ids) == 7  # but not another sample
@@ -206,9 +207,31 @@ def test_a_job_in_parts_equals_one_job_and_names_what_it_skipped(
     assert len(calls) == 1  # only the missing third
     assert parts.files == whole.files
     np.testing.assert_array_equal(parts.predictions.values, whole.predictions.values)
-    assert not list((tmp_path / "mlruns").rglob("part-*"))  # joined, then gone
+    assert len(list((tmp_path / "mlruns").rglob("part-*"))) == 3  # until the result is written
+    shards.clear(parts)
+    assert not list((tmp_path / "mlruns").rglob("part-*"))
     with pytest.raises(UserError, match="number in 0..2"):
         shards.run(crew, source, How("geo4", 4), shards=3, shard=3, progress=False)
+
+
+def test_two_machines_that_join_at_once(
+    crew: ensemble.Ensemble, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "ROOT", tmp_path)
+    source, how, real = looks.find(folder), How("none", 4), Predictions.load
+    cut = shards.plan(crew, source, how, 2)
+    for place in (0, 1):
+        shards.make(crew, cut, how, place)
+
+    def load(path: Path) -> Predictions:
+        monkeypatch.setattr(Predictions, "load", real)
+        other = shards.run(crew, source, how, 2, 0, progress=False)
+        assert other is not None
+        shards.clear(other)  # the other machine was faster
+        return Predictions.load(path)
+
+    monkeypatch.setattr(Predictions, "load", load)
+    assert shards.run(crew, source, how, 2, 1, progress=False) is None
 
 
 def test_nothing_readable_is_an_error(crew: ensemble.Ensemble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,6 +263,9 @@ def test_results_by_file_and_sorted_copies(
         assert {path.parent.name for path in copies} <= set(CLASSES)
     with pytest.raises(UserError, match="outside"):
         results.sort_into(result, source, folder / "sorted")
+    for task, target, words in (("classify", folder / "sorted", "outside"), ("keypoints", tmp_path / "s", "points")):
+        with pytest.raises(UserError, match=words):
+            results.check_sorting(task, source, target)
 
 
 @pytest.mark.parametrize(
