@@ -74,6 +74,12 @@ def test_no_model_is_named(config: Infer) -> None:
         crews.muster(config.model_copy(update={"model": ""}))
 
 
+@pytest.mark.parametrize("more", [{"member": "m", "competition": "c"}, {"stage": "staging"}])
+def test_two_ways_of_naming_a_model_are_refused(config: Infer, more: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=f"--model with --{next(iter(more))}"):
+        crews.muster(config.model_copy(update=more))
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 8])
 def test_the_bytes_do_not_depend_on_the_number_of_parts(config: Infer, tmp_path: Path, batch_size: int) -> None:
     """Batches of another length would change last bits: 12 images by 5 in two parts would be 5, 1 and 5, 1."""

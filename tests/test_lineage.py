@@ -93,6 +93,8 @@ def test_an_undone_drop_comes_back(photos: Path) -> None:
 
 def test_new_images_find_a_fold_and_old_ones_keep_theirs(photos: Path) -> None:
     first, paths = run(photos)
+    with pytest.raises(UserError, match="--holdout 0.2"):
+        run(photos, previous=paths["manifest"], holdout=0.2)
     for row in range(30, 42):
         scene(row, 48).save(photos / "p" / "ab"[row % 2] / f"{row}.png")
     scene(5, 48).point(lambda value: min(255, value + 3)).save(photos / "p" / "b" / "like 5.png")
@@ -125,7 +127,9 @@ def test_new_images_leave_the_held_out_share_as_it_was(photos: Path) -> None:
     first, paths = run(photos, holdout=0.25)
     for row in range(30, 54):
         scene(row, 48).save(photos / "p" / "ab"[row % 2] / f"{row}.png")
-    second, _ = run(photos, previous=paths["manifest"])
+    with pytest.raises(UserError, match="the 2 folds of"):
+        run(photos, previous=paths["manifest"])  # --folds 3
+    second, _ = run(photos, previous=paths["manifest"], folds=2)
     old, new = folds_of(first.manifest), folds_of(second.manifest)
     assert all(new[name] == fold for name, fold in old.items())
     assert np.bincount(first.manifest.fold).tolist() == [6, 18]

@@ -231,6 +231,14 @@ def test_command_on_digits(house: House) -> None:
         (["--competition", "c"], "--images FOLDER"),
         (["--competition", "c", "--images", "nowhere"], "nowhere"),
         (["--competition", "../c", "--builtin", "digits"], "competition"),
+        (
+            ["--competition", "c", "--images", ".", "--labels", "l", "--task", "keypoints", "--test_points", "t"],
+            "--test_im",
+        ),
+        (
+            ["--competition", "c", "--images", ".", "--labels", "l", "--task", "keypoints", "--classes", "t"],
+            "--classes",
+        ),
     ],
 )
 def test_commands_that_cannot_work(house: House, refuses: object, flags: list[str], words: str) -> None:

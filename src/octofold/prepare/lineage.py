@@ -146,6 +146,22 @@ def find_previous(given: Path | None, out: Path, wanted: bool) -> Manifest | Non
     return manifests.read(out / "manifest.csv") if wanted and (out / "manifest.csv").exists() else None
 
 
+def check_folds(old: Manifest, folds: int | None, holdout: float | None) -> None:
+    """Refuse a number of folds, or a share held out, that samples which keep their folds cannot have.
+
+    Raises:
+        UserError: the manifest before has another number of folds.
+    """
+    wanted = 2 if holdout is not None else folds
+    if wanted is not None and wanted != len(old.folds):
+        raise UserError(
+            "--previous, --decisions",
+            expected=f"the {len(old.folds)} folds of {old.file}, which its samples keep",
+            got=f"--folds {folds}" if holdout is None else f"--holdout {holdout}",
+            fix="leave it out, or make other folds from scratch in another --out",
+        )
+
+
 def differences(old: Manifest, new: Manifest, same: dict[str, str]) -> pd.DataFrame:
     """How two versions differ: ``sample_id, path, change, before, after``, one row per change.
 

@@ -82,6 +82,8 @@ def prepare(config: Prepare) -> Prepared:
     source = read_source(config)
     found = Findings()
     old = lineage.find_previous(config.previous, folder_of(config), config.decisions is not None)
+    if old is not None and config.folds_file is None:
+        lineage.check_folds(old, config.folds if "folds" in config.model_fields_set else None, config.holdout)
     before = _Before(old, old.file.parent if old and old.file else folder_of(config))
     table, prints = _samples(config, source, found)
     if old is not None:
@@ -144,6 +146,10 @@ def check(config: Prepare) -> None:
         raise UserError("prepare", expected="--labels CSV with <point>_x, <point>_y columns", got="no --labels")
     if config.task != "keypoints" and (config.swap or config.test_points):
         raise UserError("--swap, --test_points", expected="--task keypoints", got=config.task)
+    if config.test_points is not None and config.test_images is None:
+        raise UserError("--test_points", expected="--test_images as well", got="none")
+    if config.task == "keypoints" and config.classes is not None:
+        raise UserError("--classes", expected="--task classify", got="keypoints", fix="leave it out")
     names = ("images", "labels", "classes", "test_images", "sample_submission", "folds_file", "decisions", "previous",
              "test_points")  # fmt: skip
     for name in names:
