@@ -187,6 +187,18 @@ def test_dropping_everything_is_refused_and_leaves_the_manifest(photos: Path) ->
     assert manifests.read(paths["manifest"]).hash == first.manifest.hash
 
 
+def test_a_manifest_cut_between_its_two_files_is_no_dead_end(photos: Path) -> None:
+    first, paths = run(photos)
+    table = paths["manifest"].read_bytes()
+    journal = decide(photos, first.manifest, {"a/0.png": ("drop", ""), "b/1.png": ("relabel", "a")})
+    second, _ = run(photos, decisions=journal)
+    paths["manifest"].write_bytes(table)  # the new description beside the old table
+    third, _ = run(photos, decisions=journal)
+    assert third.manifest.hash == second.manifest.hash
+    assert third.changes is not None
+    assert sorted(third.changes["change"]) == ["gone", "relabelled"]
+
+
 def test_same_looks_is_one_to_one(tmp_path: Path) -> None:
     tiny = np.full((4, 12), 100, np.uint8)
     tiny[1] += 1

@@ -6,7 +6,7 @@ missing. An image that was re-encoded has new bytes, hence a new id: it is recog
 
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pandas as pd
 from octofold.data import manifest as manifests
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError
-from octofold.files import atomic
+from octofold.files import atomic, existing
 from octofold.prepare import neighbours
 
 FILE = "fingerprints.npz"
@@ -142,8 +142,19 @@ def _ancestry(manifest: Manifest) -> Iterator[Manifest]:
 def find_previous(given: Path | None, out: Path, wanted: bool) -> Manifest | None:
     """The manifest before: the one named, or, where `wanted`, the one that prepare is about to replace."""
     if given is not None:
-        return manifests.read(given)
-    return manifests.read(out / "manifest.csv") if wanted and (out / "manifest.csv").exists() else None
+        return _read(existing(given, "the manifest before (--previous)"))
+    return _read(out / "manifest.csv") if wanted and (out / "manifest.csv").exists() else None
+
+
+def _read(path: Path) -> Manifest:
+    """Read a manifest; where prepare was cut between its description and its table, the version that the table is."""
+    try:
+        return manifests.read(path)
+    except UserError:
+        kept = path.parent / "versions" / manifests.read(path, by_hash=False).hash[:12] / "manifest.csv"
+        if not kept.exists():
+            raise
+        return replace(manifests.read(kept), file=path)
 
 
 def check_folds(old: Manifest, folds: int | None, holdout: float | None) -> None:
