@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from octofold.data.images import PixelSpec, load
+from octofold.errors import UserError
 from octofold.prepare import checks, neighbours
 
 RNG = np.random.default_rng(0)
@@ -127,6 +129,23 @@ def test_problems_are_told_not_raised(tmp_path: Path) -> None:
         ["0 bytes", "identify", "truncated", "directory", "No such"], table["problem"][1:], strict=True
     ):
         assert words in said
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's own, of what is cut off
+@pytest.mark.parametrize("name", ["x.gif", "x.tif", "x.webp", "x.avif"])
+def test_files_cut_anywhere_are_told_and_seen_as_load_sees_them(tmp_path: Path, name: str) -> None:
+    more = [] if name == "x.avif" else [scene(1), scene(2)]
+    scene(0).save(tmp_path / name, save_all=bool(more), append_images=more)
+    whole = (tmp_path / name).read_bytes()
+    for share in np.linspace(0.05, 0.98, 24):
+        (tmp_path / name).write_bytes(whole[: int(len(whole) * share)])
+        problem = checks.look([name], tmp_path, progress=False).table["problem"][0]
+        try:
+            load(tmp_path / name, PixelSpec(32))
+        except UserError:
+            assert problem
+        else:
+            assert not problem
 
 
 def test_brightness_and_blur_order_images(tmp_path: Path) -> None:

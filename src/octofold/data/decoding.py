@@ -54,8 +54,9 @@ def open_bytes(data: bytes, path: Path | str) -> Image.Image:
 
 
 # What Pillow's decoders raise on broken files.
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, MemoryError, IndexError, KeyError, TypeError, struct.error)
-_UNREADABLE = (*_BROKEN, zlib.error, Image.DecompressionBombError)
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, MemoryError, IndexError, KeyError, TypeError, RuntimeError,
+          struct.error)  # fmt: skip
+_UNREADABLE = (*BROKEN, zlib.error, Image.DecompressionBombError)
 
 
 def _unreadable(path: Path | str, error: BaseException) -> UserError:

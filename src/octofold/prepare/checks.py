@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.fft import dctn
 from tqdm import tqdm
 
-from octofold.data.decoding import has_alpha, open_bytes, orientation_tag, to_rgb, upright, upright_size
+from octofold.data.decoding import BROKEN, has_alpha, open_bytes, orientation_tag, to_rgb, upright, upright_size
 from octofold.data.manifest import ID_LENGTH
 from octofold.errors import UserError
 
@@ -68,7 +68,8 @@ def _look(path: Path) -> tuple[dict[str, object], int, npt.NDArray[np.uint8]]:
         facts["sha256"] = hashlib.sha256(data).hexdigest()
         facts["sample_id"] = str(facts["sha256"])[:ID_LENGTH]
         image = open_bytes(data, path)
-        facts["mode"], facts["odd"] = image.mode, ", ".join(oddities(image))
+        # oddities counts the frames of a copy: where one is cut off, Pillow would be left standing in it
+        facts["mode"], facts["odd"] = image.mode, ", ".join(oddities(open_bytes(data, path)))
         width, height = upright_size(image, path)
         image.draft(None, (2 * SIDE, 2 * SIDE))
         pixels = to_rgb(upright(image, path), path)
@@ -102,7 +103,11 @@ def oddities(image: Image.Image) -> list[str]:
         found.append("palette")
     if has_alpha(image):
         found.append("alpha")
-    if getattr(image, "n_frames", 1) > 1:
+    try:
+        frames = getattr(image, "n_frames", 1)
+    except BROKEN:
+        frames = 2  # a later one is cut off; the first is all we want
+    if frames > 1:
         found.append("animated")
     if orientation_tag(image) != 1:
         found.append("EXIF-rotated")
