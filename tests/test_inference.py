@@ -14,7 +14,7 @@ from conftest import House, Outcome
 from octofold import recipe, tta
 from octofold.data.images import PixelSpec, load, square
 from octofold.errors import UserError
-from octofold.infer import ensemble, inference, looks, results, shards
+from octofold.infer import combining, ensemble, inference, looks, results, shards
 from octofold.infer.inference import How
 from octofold.nets import models
 from octofold.predictions import Predictions
@@ -332,6 +332,21 @@ def test_early_exit_keeps_labels_and_saves_views(crew: ensemble.Ensemble, tmp_pa
     assert fewer < every
     hasty, fewest = labels(1e-6)
     assert fewest == 9 * 2  # the first view decides
+
+
+@pytest.mark.parametrize(
+    ("rule", "params", "fits"),
+    [("linear", {}, True), ("linear", {"experts": [{"a": 0}]}, False), ("gate", {}, True), ("geometric", {}, False)],
+)
+def test_early_exit_is_for_weighted_means(
+    crew: ensemble.Ensemble, tmp_path: Path, rule: str, params: dict[str, Any], fits: bool
+) -> None:
+    crew.combine = combining.Blend("m", rule, np.ones(1), params).apply
+    assert crew.is_mean == fits
+    items = looks.find(photos(tmp_path / "in", 2)[0].parent).items
+    if not fits:
+        with pytest.raises(UserError, match="--early_exit"):
+            next(inference.stream(crew, items, How("flip", 4, "eager", early_exit=1)))
 
 
 def test_agreement_is_measured_against_every_view_in_float32(crew: ensemble.Ensemble, tmp_path: Path) -> None:
