@@ -286,6 +286,19 @@ def test_hugging_face_parquet(tmp_path: Path) -> None:
         assert truth["label"].tolist() == ["zebra", "ant"] * 2
 
 
+def test_a_second_source_inherits_nothing_of_the_first(tmp_path: Path) -> None:
+    for labels, tests in (("aab", "ab"), ("xy", "")):
+        layout = hub.Layout(tmp_path / "raw")
+        for part, letters in (("train", labels), ("test", tests)):
+            for seed, letter in enumerate(letters):
+                layout.add(part, picture(seed, "BMP"), {"label": letter})
+        layout.close(["a", "b"] if tests else None)
+    left = {path.relative_to(tmp_path / "raw").as_posix() for path in (tmp_path / "raw").rglob("*.*")}
+    assert left == {"train.csv", "train/0000000.bmp", "train/0000001.bmp"}
+    found = importing.lay_out(tmp_path / "raw", tmp_path / "raw", flags(tmp_path, source="x", images=None))
+    assert (found.test_images, found.sample_submission, found.classes) == (None, None, None)
+
+
 def test_hugging_face_rows_without_a_label(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """-1 stands for "nobody knows", not for the last class."""
     import pyarrow as pa

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from octofold.config import log
 from octofold.errors import UserError, known, preview
 from octofold.files import atomic, write_json
+from octofold.prepare import archives
 
 SPLITS = {"train": "train", "validation": "train", "val": "train", "dev": "train", "valid": "train", "test": "test"}
 _TRAIN = ({"train": True}, {"train": False})
@@ -43,6 +44,7 @@ TORCHVISION: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "Caltech101": ({}, None),
 }
 """Data sets by name, with the arguments of their training and test parts."""
+_TABLES = ("train.csv", "test_truth.csv", "sample_submission.csv", "classes.json", archives.MARK)
 
 
 @dataclass
@@ -63,7 +65,7 @@ class Layout:
         self.rows[part].append({"image": name, **row})
 
     def close(self, classes: list[str] | None) -> Path:
-        """Write the tables: labels, class order, and the test part's truth kept aside."""
+        """Write the tables: labels, class order, and the test part's truth kept aside; remove an earlier source's."""
         if not self.rows["train"]:
             got = f"no images in one, but {self.unlabelled} without a label" if self.unlabelled else "no images in one"
             raise UserError(self.folder, expected="a training part", got=got)
@@ -78,6 +80,13 @@ class Layout:
                 tables["sample_submission.csv"] = sample
             if "label" in test or "label" not in train:
                 tables["test_truth.csv"] = test
+        for name in {*_TABLES} - {*tables} - ({"classes.json"} if classes else set()):
+            (self.folder / name).unlink(missing_ok=True)
+        for part, rows in self.rows.items():
+            ours = {row["image"] for row in rows}
+            for path in (self.folder / part).glob("*"):
+                if path.is_file() and path.name not in ours:
+                    path.unlink()
         for name, table in tables.items():
             with atomic(self.folder / name) as temporary:
                 table.to_csv(temporary, index=False)
