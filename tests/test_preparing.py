@@ -1,6 +1,7 @@
 """prepare, as a function on small made-up folders and as a whole command on the digits and the real photos."""
 
 import json
+import os
 from csv import QUOTE_ALL
 from pathlib import Path
 
@@ -89,10 +90,12 @@ def test_files_that_nobody_looks_at_are_named(tmp_path: Path) -> None:
     folder, test = classes(tmp_path), photos(tmp_path / "t", ["1.png"], 70)
     for path in (folder / "a" / "x.heic", folder / "b" / "y.jfif", test / "z.HEIC", folder / "a" / "notes.txt"):
         path.write_bytes(b"x")
+    os.rename(folder / "b" / "7.png", os.fsencode(folder / "b") + b"/caf\xe9.png")
+    told_of_name = "b/caf\\udce9.png"
     found = preparing.prepare(config(tmp_path, test_images=test)).problems
     told = found[found["kind"] == "not looked at"]
     assert list(zip(told["set"], told["file"], strict=True)) == [
-        ("train", "a/x.heic"), ("train", "b/y.jfif"), ("test", "z.HEIC"),
+        ("train", "a/x.heic"), ("train", told_of_name), ("train", "b/y.jfif"), ("test", "z.HEIC"),
     ]  # fmt: skip
 
 

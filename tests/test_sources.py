@@ -191,10 +191,11 @@ def test_leading_zeros_come_back_in_the_submission(tmp_path: Path) -> None:
 
 def test_the_users_own_columns_make_room(tmp_path: Path) -> None:
     fill(tmp_path / "p", ["a.png"])
-    text = "image,label,fold,path,user_fold,note\na.png,x,7,elsewhere,8,hi\n"
+    text = "image,label,fold,path,user_fold,note,row\na.png,x,7,elsewhere,8,hi,9\n"
     one = sources.from_csv(csv(tmp_path / "t.csv", text), tmp_path / "p", "image", "label", "classify")
     row = one.table.iloc[0]
     assert (row["user_path"], row["user_user_fold"], row["user_fold"], row["note"]) == ("elsewhere", "7", "8", "hi")
+    assert row["user_row"] == "9"  # ours is where a sample stands in the table
     assert not one.table.columns.duplicated().any()
 
 

@@ -15,7 +15,8 @@ COMPANIONS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".xml", ".yaml", ".yml"
 def find_images(folder: Path) -> list[Path]:
     """Every image file under a folder, by suffix, sorted; see `left_out` for what is passed over."""
     walk = _walk(folder)
-    return sorted(Path(place, name) for place, _, files in walk for name in files if name.lower().endswith(SUFFIXES))
+    named = [(place, name) for place, _, files in walk for name in files if name.lower().endswith(SUFFIXES)]
+    return sorted(Path(place, name) for place, name in named if _is_text(os.path.join(place, name), folder))
 
 
 def left_out(folder: Path) -> list[tuple[str, str]]:
@@ -24,9 +25,22 @@ def left_out(folder: Path) -> list[tuple[str, str]]:
     for place, folders, files in _walk(folder):
         linked = [name for name in folders if os.path.islink(os.path.join(place, name))]
         found += [(Path(place, name), "a link to a folder: not followed") for name in linked]
+        named = [name for name in files if name.lower().endswith(SUFFIXES)]
+        bad = [name for name in named if not _is_text(os.path.join(place, name), folder)]
+        found += [(Path(place, name), "a name that is not UTF-8: rename it") for name in bad]
         other = [name for name in files if not name.lower().endswith(SUFFIXES + COMPANIONS)]
         found += [(Path(place, name), f"'{Path(name).suffix}' is no suffix of images that we read") for name in other]
-    return sorted((path.relative_to(folder).as_posix(), why) for path, why in found)
+    return sorted((_told(path.relative_to(folder).as_posix()), why) for path, why in found)
+
+
+def _is_text(path: str, folder: Path) -> bool:
+    """Whether a table can hold the path: file names are bytes, and not all of them are UTF-8."""
+    inside = path.removeprefix(str(folder))
+    return _told(inside) == inside
+
+
+def _told(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def refuse_links(folder: Path) -> None:

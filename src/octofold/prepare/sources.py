@@ -21,7 +21,7 @@ from octofold.prepare.places import locate
 
 WHOLE = re.compile(r"[+-]?\d+(\.0+)?")
 PADDED = re.compile(r"0[0-9]+")  # 001: a number to us, but a submission has to write it so
-RESERVED = {"sample_id", "path", "fold", "file", "name", "names", "width", "height", "group", "label"} | {
+RESERVED = {"sample_id", "path", "fold", "file", "name", "names", "width", "height", "group", "label", "row"} | {
     "sha256", "mode", "odd", "brightness", "contrast", "sharpness", "problem"}  # fmt: skip
 POINT = re.compile(r"(.+)_([xyXY])")
 
