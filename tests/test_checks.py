@@ -131,6 +131,15 @@ def test_problems_are_told_not_raised(tmp_path: Path) -> None:
         assert words in said
 
 
+@pytest.mark.parametrize(("most", "odd"), [(1.0, "32-bit"), (1.001, "32-bit"), (100.0, "32-bit, comes out black")])
+def test_floats_that_come_out_black_are_named(tmp_path: Path, most: float, odd: str) -> None:
+    ramp = np.linspace(0, most, 64 * 64, dtype=np.float32).reshape(64, 64)
+    Image.fromarray(ramp).save(tmp_path / "x.tif")
+    row = checks.look(["x.tif"], tmp_path, progress=False).table.iloc[0]
+    assert row["odd"] == odd
+    assert (row["brightness"] > 0.4) == (most < 2)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's own, of what is cut off
 @pytest.mark.parametrize("name", ["x.gif", "x.tif", "x.webp", "x.avif"])
 def test_files_cut_anywhere_are_told_and_seen_as_load_sees_them(tmp_path: Path, name: str) -> None:

@@ -80,6 +80,8 @@ def _look(path: Path) -> tuple[dict[str, object], int, npt.NDArray[np.uint8]]:
         facts["problem"] = error.strerror or str(error)
         return facts, 0, np.zeros(TINY * TINY * 3, np.uint8)
     facts |= {"width": width, "height": height}
+    if facts["mode"] == "F" and not pixels.any():  # values of another range than [0, 1] or [0, 65535]
+        facts["odd"] = f"{facts['odd']}, comes out black"
     small = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
     grey = np.asarray(small.convert("L"), np.float32) / 255
     inner = 4 * grey[1:-1, 1:-1] - grey[:-2, 1:-1] - grey[2:, 1:-1] - grey[1:-1, :-2] - grey[1:-1, 2:]
