@@ -140,6 +140,16 @@ def test_floats_that_come_out_black_are_named(tmp_path: Path, most: float, odd: 
     assert (row["brightness"] > 0.4) == (most < 2)
 
 
+def test_an_avif_of_zeros_is_told(tmp_path: Path) -> None:
+    scene(0).save(tmp_path / "x.avif")
+    data = (tmp_path / "x.avif").read_bytes()
+    start = data.find(b"mdat") + 4
+    (tmp_path / "x.avif").write_bytes(data[:start] + bytes(len(data) - start))
+    assert "decode" in checks.look(["x.avif"], tmp_path, progress=False).table["problem"][0]
+    with pytest.raises(UserError, match="decode"):
+        load(tmp_path / "x.avif", PixelSpec(32))
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's own, of what is cut off
 @pytest.mark.parametrize("name", ["x.gif", "x.tif", "x.webp", "x.avif"])
 def test_files_cut_anywhere_are_told_and_seen_as_load_sees_them(tmp_path: Path, name: str) -> None:
