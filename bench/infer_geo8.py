@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from octofold import recipe
-from octofold.data.images import fit, open_bytes, square
+from octofold.data.decoding import open_bytes
+from octofold.data.images import fit, square
 from octofold.infer import ensemble, inference, looks
 from octofold.infer.inference import How
 from octofold.nets import models

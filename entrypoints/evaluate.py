@@ -51,7 +51,10 @@ def _predictions(config: Evaluate) -> Any:
             got=f"{sum(named)} of them",
         )
     if config.predictions:
-        return Predictions.load(config.predictions)
+        loaded = Predictions.load(config.predictions)
+        if config.tta not in ("", loaded.views):
+            raise UserError(config.predictions, expected=f"views '{config.tta}' (--tta)", got=f"'{loaded.views}'")
+        return loaded
     if config.run:
         return _oof_of_run(config.run, config.tta)
     from octofold.track import registry

@@ -24,6 +24,8 @@ def run(config: Infer) -> dict[str, object]:
     crew = crews.muster(config)
     views = config.tta or crew.views
     how = crews.how(config, crew)
+    if config.sort_into:
+        results.check_sorting(crew.task, source, config.sort_into)
     competition = config.competition or crew.voices[0].card.competition
     with tracking.run("infer", config, competition, name=f"infer {crew.name}") as run:
         agreement = {} if how.is_exact else inference.agreement(crew, source.items, how)
@@ -36,6 +38,7 @@ def run(config: Infer) -> dict[str, object]:
         copied = results.sort_into(result, source, config.sort_into) if config.sort_into else 0
         for path in paths.values():
             run.log_artifact(path)
+        shards.clear(result)
         run.log_metrics({"infer/images": len(result.files), "infer/skipped": len(result.skipped), **agreement})
         skipped = [{"file": one.name, "reason": one.reason} for one in result.skipped]
         for one in result.skipped:

@@ -1,11 +1,17 @@
 """Batches: pure functions of their place, whoever loads them, in whatever order, alone or together."""
 
+import contextlib
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from octofold import recipe
 from octofold.data import images
+from octofold.nets.tasks import Keypoints
+from octofold.train import job, validation
 from octofold.train.batches import BLOCK, Batches, Features, MicroBatch, Order, Pixels, seed_of
 from world import make_world
 
@@ -72,6 +78,34 @@ def test_points_missing_stay_missing(source: Pixels) -> None:
     missing = np.isnan(source.target[micro.rows]).any(axis=(1, 2))
     assert missing.any()
     assert (torch.isnan(micro.target).any(dim=2).any(dim=1).numpy() == missing).all()
+
+
+def test_points_count_by_how_many_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accumulated, shared by processes or validated in batches: the loss of all the visible points at once."""
+    rng = np.random.default_rng(0)
+    task, values = Keypoints(["a", "b", "c"]), rng.random((32, 6), np.float32)
+    target = rng.random((32, 3, 2), np.float32)
+    target[8:16, 1:] = np.nan
+    target[16:24] = np.nan  # a micro-batch with nothing to see
+    made: Any = SimpleNamespace(target=target, unit_target=target, task=task, recipe=recipe.Recipe(), metric="mse")
+    whole = float(task.loss(torch.from_numpy(values), torch.from_numpy(target), recipe.Loss()))
+    source, weigh = Features(values, target), job._weigh(made)
+    for size, accumulate, world in ((32, 1, 1), (8, 4, 1), (32, 1, 2), (16, 2, 2)):
+        order = Order(np.arange(32), 0, size, accumulate)
+        ranks = [Batches(order, source, torch.device("cpu"), 0, rank, world, weigh) for rank in range(world)]
+        parts = [micro for one in ranks for micro in one.load(0, 0, 0)]
+        loss = sum(one.share * float(task.loss(one.inputs, one.target, recipe.Loss())) for one in parts)
+        assert loss == pytest.approx(whole, rel=1e-5)
+    made.net = torch.nn.Module()
+    made.net.head = torch.nn.Identity()
+    made.devices = SimpleNamespace(share=lambda rows: rows, device="cpu", gather=lambda part: [part])
+    made.valid_rows, made.autocast = np.arange(32), contextlib.nullcontext
+    made.cache = SimpleNamespace(frames=[SimpleNamespace(to_pixels=lambda points: points)] * 32)
+    for size in (8, 32):
+        monkeypatch.setattr(validation, "VALID_BATCH", size)
+        assert validation.validate(made, values)["valid/loss"] == pytest.approx(whole, rel=1e-5)
+    nothing = Batches(Order(np.arange(16, 24), 0, 8), source, torch.device("cpu"), weigh=weigh)
+    assert [micro.share for micro in nothing.load(0, 0, 0)] == [0]
 
 
 def test_mixing_gives_shares_that_sum_to_one(source: Pixels) -> None:

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from octofold.data.images import PixelSpec, load
+from octofold.errors import UserError
 from octofold.prepare import checks, neighbours
 
 RNG = np.random.default_rng(0)
@@ -88,7 +90,8 @@ def test_group_names_do_not_depend_on_row_order() -> None:
 @pytest.mark.parametrize(
     ("name", "odd"),
     [("p.png", "palette"), ("a.png", "alpha"), ("c.jpg", "CMYK"), ("m.webp", "animated"), ("s.png", "16-bit"),
-     ("f.tif", "32-bit"), ("e.jpg", "EXIF-rotated"), ("t.png", "palette, alpha"), ("plain.png", "")],
+     ("f.tif", "32-bit"), ("e.jpg", "EXIF-rotated"), ("e.tif", "EXIF-rotated"), ("t.png", "palette, alpha"),
+     ("plain.png", "")],
 )  # fmt: skip
 def test_oddities_are_named(tmp_path: Path, name: str, odd: str) -> None:
     from test_images import png16
@@ -103,12 +106,13 @@ def test_oddities_are_named(tmp_path: Path, name: str, odd: str) -> None:
         "s.png": lambda: png16(path, np.asarray(image.convert("L")).astype(np.uint16) * 257),
         "f.tif": lambda: Image.fromarray(np.asarray(image.convert("L"), np.float32)).save(path),
         "e.jpg": lambda: image.crop((0, 0, 96, 40)).save(path, exif=exif),
+        "e.tif": lambda: image.crop((0, 0, 96, 40)).save(path, exif=exif),
         "t.png": lambda: image.quantize(64).save(path, transparency=3),
         "plain.png": lambda: image.save(path),
     }[name]()
     row = checks.look([name], tmp_path, progress=False).table.iloc[0]
     assert (row["odd"], row["problem"]) == (odd, "")
-    assert (row["width"], row["height"]) == ((40, 96) if name == "e.jpg" else (96, 96))
+    assert (row["width"], row["height"]) == ((40, 96) if name[0] == "e" else (96, 96))
 
 
 def test_problems_are_told_not_raised(tmp_path: Path) -> None:
@@ -125,6 +129,42 @@ def test_problems_are_told_not_raised(tmp_path: Path) -> None:
         ["0 bytes", "identify", "truncated", "directory", "No such"], table["problem"][1:], strict=True
     ):
         assert words in said
+
+
+@pytest.mark.parametrize(("most", "odd"), [(1.0, "32-bit"), (1.001, "32-bit"), (100.0, "32-bit, comes out black")])
+def test_floats_that_come_out_black_are_named(tmp_path: Path, most: float, odd: str) -> None:
+    ramp = np.linspace(0, most, 64 * 64, dtype=np.float32).reshape(64, 64)
+    Image.fromarray(ramp).save(tmp_path / "x.tif")
+    row = checks.look(["x.tif"], tmp_path, progress=False).table.iloc[0]
+    assert row["odd"] == odd
+    assert (row["brightness"] > 0.4) == (most < 2)
+
+
+def test_an_avif_of_zeros_is_told(tmp_path: Path) -> None:
+    scene(0).save(tmp_path / "x.avif")
+    data = (tmp_path / "x.avif").read_bytes()
+    start = data.find(b"mdat") + 4
+    (tmp_path / "x.avif").write_bytes(data[:start] + bytes(len(data) - start))
+    assert "decode" in checks.look(["x.avif"], tmp_path, progress=False).table["problem"][0]
+    with pytest.raises(UserError, match="decode"):
+        load(tmp_path / "x.avif", PixelSpec(32))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's own, of what is cut off
+@pytest.mark.parametrize("name", ["x.gif", "x.tif", "x.webp", "x.avif"])
+def test_files_cut_anywhere_are_told_and_seen_as_load_sees_them(tmp_path: Path, name: str) -> None:
+    more = [] if name == "x.avif" else [scene(1), scene(2)]
+    scene(0).save(tmp_path / name, save_all=bool(more), append_images=more)
+    whole = (tmp_path / name).read_bytes()
+    for share in np.linspace(0.05, 0.98, 24):
+        (tmp_path / name).write_bytes(whole[: int(len(whole) * share)])
+        problem = checks.look([name], tmp_path, progress=False).table["problem"][0]
+        try:
+            load(tmp_path / name, PixelSpec(32))
+        except UserError:
+            assert problem
+        else:
+            assert not problem
 
 
 def test_brightness_and_blur_order_images(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ def test_side_by_side_gives_the_same_bytes(config: Infer, tmp_path: Path) -> Non
         joined = shards.run(crew, source, way, 3, progress=False)
         assert joined is not None
         written.append(Path(results.write(joined, tmp_path / f"out{parallel}")["predictions"]).read_bytes())
+        shards.clear(joined)
     assert written[0] == written[1]
 
 
@@ -71,6 +72,12 @@ def test_only_what_is_missing_is_made(config: Infer, monkeypatch: pytest.MonkeyP
 def test_no_model_is_named(config: Infer) -> None:
     with pytest.raises(UserError, match="--model, or --competition"):
         crews.muster(config.model_copy(update={"model": ""}))
+
+
+@pytest.mark.parametrize("more", [{"member": "m", "competition": "c"}, {"stage": "staging"}])
+def test_two_ways_of_naming_a_model_are_refused(config: Infer, more: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=f"--model with --{next(iter(more))}"):
+        crews.muster(config.model_copy(update=more))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 8])

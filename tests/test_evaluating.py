@@ -177,6 +177,7 @@ def test_the_command(house: House, refuses: Callable[[Outcome, str], None]) -> N
     for name in ("confusion_csv", "per_class_csv", "confusion_png", "reliability_png", "worst_png"):
         assert Path(result[name]).stat().st_size > 0
     refuses(house.run("evaluate", "--manifest", file), "one of --predictions")
+    refuses(house.run("evaluate", "--manifest", file, "--predictions", "oof.parquet", "--tta", "geo4"), "views 'geo4'")
     (house.home / "photos" / "3.png").unlink()
     (house.home / "manifest.csv").unlink()
     refuses(house.run("evaluate", "--manifest", file, "--predictions", "oof.parquet"), "no such file")

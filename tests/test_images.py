@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from octofold.data.images import LONGEST, PixelCache, PixelSpec, find_images, load, open_cache, square
+from octofold.data.folders import find_images, left_out
+from octofold.data.images import LONGEST, PixelCache, PixelSpec, load, open_cache, square
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError
 
@@ -82,10 +83,14 @@ def test_exif_turns_pixels_and_size(tmp_path: Path, turn: int) -> None:
     exif[0x0112] = turn
     scene.save(tmp_path / "scene.png")
     stored.save(tmp_path / "stored.png", exif=exif)
+    stored.save(tmp_path / "plain.tif", exif=exif)  # Pillow turns TIFFs itself: not twice
+    stored.save(tmp_path / "packed.tif", exif=exif, compression="tiff_lzw")
     for spec in SPECS:
-        (wanted, frame), (got, turned) = load(tmp_path / "scene.png", spec), load(tmp_path / "stored.png", spec)
-        assert np.array_equal(got, wanted)
-        assert turned == frame
+        wanted, frame = load(tmp_path / "scene.png", spec)
+        for name in ("stored.png", "plain.tif", "packed.tif"):
+            got, turned = load(tmp_path / name, spec)
+            assert np.array_equal(got, wanted)
+            assert turned == frame
 
 
 def write_whole(path: Path) -> bytes:
@@ -239,7 +244,18 @@ def test_an_interrupted_cache_that_goes_on_in_another_order_mixes_nothing_up(
 
 
 def test_find_images_is_sorted_and_skips_the_hidden(tmp_path: Path) -> None:
-    for name in ("b.JPG", "a/ж 🍏.png", ".hidden.png", "__MACOSX/x.png", ".git/y.png", "notes.txt"):
+    for name in (
+        "b.JPG",
+        "a/ж 🍏.png",
+        ".hidden.png",
+        "__MACOSX/x.png",
+        ".git/y.heic",
+        "notes.txt",
+        "a/c.HEIC",
+        "d.jfif",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "linked").symlink_to(tmp_path / "a")
     assert [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)] == ["a/ж 🍏.png", "b.JPG"]
+    assert [name for name, _ in left_out(tmp_path)] == ["a/c.HEIC", "d.jfif", "linked"]

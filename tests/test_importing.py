@@ -286,6 +286,37 @@ def test_hugging_face_parquet(tmp_path: Path) -> None:
         assert truth["label"].tolist() == ["zebra", "ant"] * 2
 
 
+def test_a_second_source_inherits_nothing_of_the_first(tmp_path: Path) -> None:
+    for labels, tests in (("aab", "ab"), ("xy", "")):
+        layout = hub.Layout(tmp_path / "raw")
+        for part, letters in (("train", labels), ("test", tests)):
+            for seed, letter in enumerate(letters):
+                layout.add(part, picture(seed, "BMP"), {"label": letter})
+        layout.close(["a", "b"] if tests else None)
+    left = {path.relative_to(tmp_path / "raw").as_posix() for path in (tmp_path / "raw").rglob("*.*")}
+    assert left == {"train.csv", "train/0000000.bmp", "train/0000001.bmp"}
+    found = importing.lay_out(tmp_path / "raw", tmp_path / "raw", flags(tmp_path, source="x", images=None))
+    assert (found.test_images, found.sample_submission, found.classes) == (None, None, None)
+
+
+def test_hugging_face_rows_without_a_label(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """-1 stands for "nobody knows", not for the last class."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "repo").mkdir()
+    for part, first, labels in (("train", 0, [0, 1, -1, 0, None, 1]), ("test", 20, [-1, -1, -1])):
+        table = pa.table(hf_rows(first, len(labels)) | {"label": pa.array(labels, pa.int64())})
+        described = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": FEATURES}})})
+        pq.write_table(described, tmp_path / "repo" / f"{part}.parquet")
+    with caplog.at_level("WARNING", "octofold"):
+        folder = hub.hugging_face(str(tmp_path / "repo"), tmp_path / "raw")
+    assert pd.read_csv(folder / "train.csv")["label"].tolist() == ["zebra", "ant", "zebra", "ant"]
+    assert "2 training images have no label" in caplog.text
+    assert len(pd.read_csv(folder / "sample_submission.csv")) == 3
+    assert not (folder / "test_truth.csv").exists()
+
+
 def test_bringing_changed_data_changes_the_images(tmp_path: Path) -> None:
     """Bitmaps of one size in bytes: only the content tells that the third is another one now."""
     for seeds in ((0, 1, 2), (0, 1, 7)):

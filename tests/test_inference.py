@@ -14,7 +14,7 @@ from conftest import House, Outcome
 from octofold import recipe, tta
 from octofold.data.images import PixelSpec, load, square
 from octofold.errors import UserError
-from octofold.infer import ensemble, inference, looks, results, shards
+from octofold.infer import combining, ensemble, inference, looks, results, shards
 from octofold.infer.inference import How
 from octofold.nets import models
 from octofold.predictions import Predictions
@@ -174,6 +174,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "in" / "empty.jpg").write_bytes(b"")
     (tmp_path / "in" / "cut.jpg").write_bytes(paths[0].read_bytes()[:200])
     (tmp_path / "in" / "text.png").write_text("not a picture")
+    (tmp_path / "in" / "phone.heic").write_bytes(b"x")
     return tmp_path / "in"
 
 
@@ -184,7 +185,8 @@ def test_a_job_in_parts_equals_one_job_and_names_what_it_skipped(
     source = looks.find(folder)
     whole = shards.run(crew, source, How("geo4", 4), progress=False)
     assert whole is not None
-    assert [one.name for one in whole.skipped] == ["cut.jpg", "empty.jpg", "text.png"]
+    shards.clear(whole)
+    assert [one.name for one in whole.skipped] == ["cut.jpg", "empty.jpg", "text.png", "phone.heic"]
     assert len(whole.files) == 8  # the copy is a file,
     assert len(whole.predictions.sample_ids) == 7  # but not another sample
     assert shards.run(crew, source, How("geo4", 4), shards=3, shard=1, progress=False) is None
@@ -205,9 +207,31 @@ def test_a_job_in_parts_equals_one_job_and_names_what_it_skipped(
     assert len(calls) == 1  # only the missing third
     assert parts.files == whole.files
     np.testing.assert_array_equal(parts.predictions.values, whole.predictions.values)
-    assert not list((tmp_path / "mlruns").rglob("part-*"))  # joined, then gone
+    assert len(list((tmp_path / "mlruns").rglob("part-*"))) == 3  # until the result is written
+    shards.clear(parts)
+    assert not list((tmp_path / "mlruns").rglob("part-*"))
     with pytest.raises(UserError, match="number in 0..2"):
         shards.run(crew, source, How("geo4", 4), shards=3, shard=3, progress=False)
+
+
+def test_two_machines_that_join_at_once(
+    crew: ensemble.Ensemble, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "ROOT", tmp_path)
+    source, how, real = looks.find(folder), How("none", 4), Predictions.load
+    cut = shards.plan(crew, source, how, 2)
+    for place in (0, 1):
+        shards.make(crew, cut, how, place)
+
+    def load(path: Path) -> Predictions:
+        monkeypatch.setattr(Predictions, "load", real)
+        other = shards.run(crew, source, how, 2, 0, progress=False)
+        assert other is not None
+        shards.clear(other)  # the other machine was faster
+        return Predictions.load(path)
+
+    monkeypatch.setattr(Predictions, "load", load)
+    assert shards.run(crew, source, how, 2, 1, progress=False) is None
 
 
 def test_nothing_readable_is_an_error(crew: ensemble.Ensemble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +255,7 @@ def test_results_by_file_and_sorted_copies(
     lines = Path(paths["predictions_csv"]).read_text().splitlines()
     assert lines[0] == "file,sample_id,predicted,confidence,red,green,blue"
     assert len(lines) == 9
-    assert Path(paths["skipped_csv"]).read_text().count("\n") == 4
+    assert Path(paths["skipped_csv"]).read_text().count("\n") == 5
     for _ in range(2):  # twice: the same files again
         assert results.sort_into(result, source, tmp_path / "sorted") == 8
         copies = [path for path in (tmp_path / "sorted").rglob("*") if path.is_file()]
@@ -239,6 +263,9 @@ def test_results_by_file_and_sorted_copies(
         assert {path.parent.name for path in copies} <= set(CLASSES)
     with pytest.raises(UserError, match="outside"):
         results.sort_into(result, source, folder / "sorted")
+    for task, target, words in (("classify", folder / "sorted", "outside"), ("keypoints", tmp_path / "s", "points")):
+        with pytest.raises(UserError, match=words):
+            results.check_sorting(task, source, target)
 
 
 @pytest.mark.parametrize(
@@ -305,6 +332,21 @@ def test_early_exit_keeps_labels_and_saves_views(crew: ensemble.Ensemble, tmp_pa
     assert fewer < every
     hasty, fewest = labels(1e-6)
     assert fewest == 9 * 2  # the first view decides
+
+
+@pytest.mark.parametrize(
+    ("rule", "params", "fits"),
+    [("linear", {}, True), ("linear", {"experts": [{"a": 0}]}, False), ("gate", {}, True), ("geometric", {}, False)],
+)
+def test_early_exit_is_for_weighted_means(
+    crew: ensemble.Ensemble, tmp_path: Path, rule: str, params: dict[str, Any], fits: bool
+) -> None:
+    crew.combine = combining.Blend("m", rule, np.ones(1), params).apply
+    assert crew.is_mean == fits
+    items = looks.find(photos(tmp_path / "in", 2)[0].parent).items
+    if not fits:
+        with pytest.raises(UserError, match="--early_exit"):
+            next(inference.stream(crew, items, How("flip", 4, "eager", early_exit=1)))
 
 
 def test_agreement_is_measured_against_every_view_in_float32(crew: ensemble.Ensemble, tmp_path: Path) -> None:

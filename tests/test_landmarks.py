@@ -102,6 +102,16 @@ def test_twins_come_from_names_or_a_file(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             landmarks.swap_table(text, NAMES)
+    (tmp_path / "swap.json").write_text("[]")
+    assert landmarks.swap_table(str(tmp_path / "swap.json"), NAMES) == [0, 1, 2]
+    for text, words in (
+        ("{left: right}", "valid JSON"),
+        ('[1, "a"]', "pairs of names"),
+        ('{"a": "b"}', "pairs of names"),
+    ):
+        (tmp_path / "swap.json").write_text(text)
+        with pytest.raises(UserError, match=words):
+            landmarks.swap_table(str(tmp_path / "swap.json"), NAMES)
     write_world(tmp_path / "w")
     made = preparing.prepare(make_config(tmp_path / "w", swap="Point_M0:Point_M3", test_points=None))
     assert made.manifest.info["swap"] == [3, 1, 2, 0, 4]

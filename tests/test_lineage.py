@@ -93,6 +93,8 @@ def test_an_undone_drop_comes_back(photos: Path) -> None:
 
 def test_new_images_find_a_fold_and_old_ones_keep_theirs(photos: Path) -> None:
     first, paths = run(photos)
+    with pytest.raises(UserError, match="--holdout 0.2"):
+        run(photos, previous=paths["manifest"], holdout=0.2)
     for row in range(30, 42):
         scene(row, 48).save(photos / "p" / "ab"[row % 2] / f"{row}.png")
     scene(5, 48).point(lambda value: min(255, value + 3)).save(photos / "p" / "b" / "like 5.png")
@@ -125,7 +127,9 @@ def test_new_images_leave_the_held_out_share_as_it_was(photos: Path) -> None:
     first, paths = run(photos, holdout=0.25)
     for row in range(30, 54):
         scene(row, 48).save(photos / "p" / "ab"[row % 2] / f"{row}.png")
-    second, _ = run(photos, previous=paths["manifest"])
+    with pytest.raises(UserError, match="the 2 folds of"):
+        run(photos, previous=paths["manifest"])  # --folds 3
+    second, _ = run(photos, previous=paths["manifest"], folds=2)
     old, new = folds_of(first.manifest), folds_of(second.manifest)
     assert all(new[name] == fold for name, fold in old.items())
     assert np.bincount(first.manifest.fold).tolist() == [6, 18]
@@ -153,6 +157,18 @@ def test_re_encoded_images_keep_fold_and_decision(photos: Path) -> None:
     assert set(second.changes["change"]) == {"re-encoded", "relabelled", "gone"}
 
 
+def test_a_dropped_image_stays_dropped_when_the_one_it_looks_like_is_removed(photos: Path) -> None:
+    scene(0, 48).point(lambda value: min(255, value + 3)).save(photos / "p" / "a" / "like 0.png")
+    first, _ = run(photos)
+    acts = {"a/like 0.png": ("drop", ""), "a/0.png": ("keep", "")}
+    run(photos, decisions=decide(photos, first.manifest, acts))
+    (photos / "p" / "a" / "0.png").unlink()
+    for _ in range(2):
+        assert "a/like 0.png" not in set(run(photos, decisions=photos / "decisions.jsonl")[0].manifest.table["path"])
+    again, _ = run(photos, previous=photos / "out" / "manifest.csv")  # without its decision it is new, not re-encoded
+    assert "re-encoded" not in set(again.problems["kind"])
+
+
 def test_a_decision_settles_an_image_under_two_labels(photos: Path) -> None:
     twin = photos / "p" / "b" / "twin of 0.png"
     first, _ = run(photos)
@@ -169,6 +185,18 @@ def test_dropping_everything_is_refused_and_leaves_the_manifest(photos: Path) ->
     with pytest.raises(UserError, match="every one dropped"):
         run(photos, decisions=journal)
     assert manifests.read(paths["manifest"]).hash == first.manifest.hash
+
+
+def test_a_manifest_cut_between_its_two_files_is_no_dead_end(photos: Path) -> None:
+    first, paths = run(photos)
+    table = paths["manifest"].read_bytes()
+    journal = decide(photos, first.manifest, {"a/0.png": ("drop", ""), "b/1.png": ("relabel", "a")})
+    second, _ = run(photos, decisions=journal)
+    paths["manifest"].write_bytes(table)  # the new description beside the old table
+    third, _ = run(photos, decisions=journal)
+    assert third.manifest.hash == second.manifest.hash
+    assert third.changes is not None
+    assert sorted(third.changes["change"]) == ["gone", "relabelled"]
 
 
 def test_same_looks_is_one_to_one(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The manifest survives the disk, its hash means what training sees, and a hand-edited one is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,16 @@ def test_round_trip(tmp_path: Path) -> None:
         assert again.groups.tolist() == one.groups.tolist()
         assert np.array_equal(again.target, one.target, equal_nan=one.task == "keypoints")
         assert again.table.astype(str).equals(one.table.astype(str))
+
+
+def test_a_table_that_cannot_be_written_leaves_both_files_as_they_were(tmp_path: Path) -> None:
+    made = make()
+    path = made.save(tmp_path / "m.csv")
+    before = [path.read_bytes(), path.with_suffix(".json").read_bytes()]
+    odd = replace(made, table=made.table.assign(note=pd.Series(["\udce9"] * 6, dtype=object)), info={"new": 1})
+    with pytest.raises(UnicodeEncodeError):
+        odd.save(path)
+    assert [path.read_bytes(), path.with_suffix(".json").read_bytes()] == before
 
 
 def test_images_beside_the_manifest_move_with_it(tmp_path: Path) -> None:

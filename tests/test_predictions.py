@@ -1,5 +1,6 @@
 """Predictions: whatever is saved is read back the same; whatever is wrong is refused by name."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,6 +62,19 @@ def test_a_broken_rule_is_refused_by_name(change: dict[str, object], words: str)
     with pytest.raises(UserError) as caught:
         replace(made(["a", "b"]), **change)  # type: ignore[arg-type]
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"new": 1}, {"views": None}])
+def test_a_header_of_another_version_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    import pyarrow.parquet as pq
+
+    path = made(["a", "b"]).save(tmp_path / "x.parquet")
+    table = pq.read_table(path)
+    header = json.loads(table.schema.metadata[b"octofold"]) | change
+    header = {name: value for name, value in header.items() if value is not None or name == "seed"}
+    pq.write_table(table.replace_schema_metadata({b"octofold": json.dumps(header).encode()}), path)
+    with pytest.raises(UserError, match=next(iter(change))):
+        Predictions.load(path)
 
 
 @given(st.binary(max_size=300))

@@ -1,6 +1,7 @@
 """prepare, as a function on small made-up folders and as a whole command on the digits and the real photos."""
 
 import json
+import os
 from csv import QUOTE_ALL
 from pathlib import Path
 
@@ -85,6 +86,19 @@ def test_bad_images_are_left_out_by_name_and_odd_ones_kept(tmp_path: Path) -> No
         preparing.prepare(config(tmp_path, conflicts="refuse"))
 
 
+def test_files_that_nobody_looks_at_are_named(tmp_path: Path) -> None:
+    folder, test = classes(tmp_path), photos(tmp_path / "t", ["1.png"], 70)
+    for path in (folder / "a" / "x.heic", folder / "b" / "y.jfif", test / "z.HEIC", folder / "a" / "notes.txt"):
+        path.write_bytes(b"x")
+    os.rename(folder / "b" / "7.png", os.fsencode(folder / "b") + b"/caf\xe9.png")
+    told_of_name = "b/caf\\udce9.png"
+    found = preparing.prepare(config(tmp_path, test_images=test)).problems
+    told = found[found["kind"] == "not looked at"]
+    assert list(zip(told["set"], told["file"], strict=True)) == [
+        ("train", "a/x.heic"), ("train", told_of_name), ("train", "b/y.jfif"), ("test", "z.HEIC"),
+    ]  # fmt: skip
+
+
 def test_nothing_readable_is_refused(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / "p" / name).mkdir(parents=True)
@@ -128,6 +142,22 @@ def test_groups_by_column_and_by_near_duplicates(tmp_path: Path) -> None:
     assert alone["action"].str.contains("kept, but in folds").any()
     with pytest.raises(UserError, match="--group"):
         preparing.prepare(config(tmp_path, labels=tmp_path / "l.csv", group="nosuch"))
+
+
+def test_a_group_is_the_users_own_column_whatever_ours_are_called(tmp_path: Path) -> None:
+    names = [f"{row}.png" for row in range(12)]
+    photos(tmp_path / "p", names)
+    table = pd.DataFrame({"image": names, "class": ["x", "y"] * 6})
+    own = {name: [f"{name}{row // 3}" for row in range(12)] for name in ("name", "file", "label")}
+    table.assign(**own, user_name="other").to_csv(tmp_path / "own.csv", index=False)
+    table.to_csv(tmp_path / "l.csv", index=False)
+    flags = {"label_column": "class", "twins": False}
+    for name, kept in (("name", "user_user_name"), ("file", "user_file"), ("label", "user_label")):
+        found = preparing.prepare(config(tmp_path, labels=tmp_path / "own.csv", group=name, **flags)).manifest
+        assert found.groups.tolist() == own[name]
+        assert found.table.groupby(kept)["fold"].nunique().max() == 1
+        with pytest.raises(UserError, match=f"a column '{name}'"):
+            preparing.prepare(config(tmp_path, labels=tmp_path / "l.csv", group=name, **flags))
 
 
 def test_a_folds_file_is_honoured_and_checked(tmp_path: Path) -> None:
@@ -204,6 +234,14 @@ def test_command_on_digits(house: House) -> None:
         (["--competition", "c"], "--images FOLDER"),
         (["--competition", "c", "--images", "nowhere"], "nowhere"),
         (["--competition", "../c", "--builtin", "digits"], "competition"),
+        (
+            ["--competition", "c", "--images", ".", "--labels", "l", "--task", "keypoints", "--test_points", "t"],
+            "--test_im",
+        ),
+        (
+            ["--competition", "c", "--images", ".", "--labels", "l", "--task", "keypoints", "--classes", "t"],
+            "--classes",
+        ),
     ],
 )
 def test_commands_that_cannot_work(house: House, refuses: object, flags: list[str], words: str) -> None:

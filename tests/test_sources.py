@@ -3,16 +3,18 @@
 import csv as writers
 import os
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from octofold.errors import UserError
-from octofold.prepare import sources
+from octofold.prepare import places, sources
 
 ODD_NAMES = [
     "a b.png", "груша.png", "🍏 зелёное.png", "d/e/f.png", "comma,quote\".png", "x" * 240 + ".png", "[1].png",
@@ -32,16 +34,22 @@ def csv(path: Path, text: str) -> Path:
     return path
 
 
+def read(folder: Path, names: Sequence[str], **info: object) -> sources.Source:
+    """A training part of these classes."""
+    kind = "int" if all(name.isdigit() for name in names) else "str"
+    return sources.Source(pd.DataFrame(), folder, tuple(names), {"label_type": kind, **info})
+
+
 def test_odd_names_are_found(tmp_path: Path) -> None:
     folder = fill(tmp_path / "photos with space", ODD_NAMES)
-    assert sources.locate(ODD_NAMES, folder, "x.csv") == ODD_NAMES
+    assert places.locate(ODD_NAMES, folder, "x.csv") == ODD_NAMES
 
 
 def test_names_written_otherwise_are_found(tmp_path: Path) -> None:
     folder = fill(tmp_path / "p", ["d/e.png", "ё.png", "12.jpg"])
     wrote = {"d\\e.png": "d/e.png", "./d/e.png": "d/e.png", "d/../d/e.png": "d/e.png", "12": "12.jpg", " 12 ": "12.jpg"}
     wrote |= {unicodedata.normalize("NFD", "ё.png"): "ё.png", str(folder / "d" / "e.png"): "d/e.png", "d/e": "d/e.png"}
-    assert sources.locate(wrote, folder, "x.csv") == list(wrote.values())
+    assert places.locate(wrote, folder, "x.csv") == list(wrote.values())
 
 
 @pytest.mark.parametrize(
@@ -54,7 +62,7 @@ def test_names_that_leave_the_folder_are_refused(tmp_path: Path, name: str) -> N
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     (folder / "linked").symlink_to(tmp_path)
     with pytest.raises(UserError, match="lead out of it") as caught:
-        sources.locate(["ok.png", name], folder, "x.csv")
+        places.locate(["ok.png", name], folder, "x.csv")
     assert repr(name) in str(caught.value)
 
 
@@ -62,22 +70,34 @@ def test_links_inside_are_followed_and_circles_end(tmp_path: Path) -> None:
     folder = fill(tmp_path / "p", ["d/a.png"])
     (folder / "b.png").symlink_to("d/a.png")
     (folder / "d" / "round").symlink_to(folder)
+    (folder / "another").symlink_to("d")  # whichever of the two is listed first, both names lead to the photo
     (tmp_path / "whole").symlink_to(folder)
-    assert sources.locate(["b.png", "d/a.png"], tmp_path / "whole", "x.csv") == ["b.png", "d/a.png"]
+    names = {"b.png": "b.png", "d/a.png": "d/a.png", "another/a.png": "d/a.png", "d/round/d/a": "d/a.png"}
+    assert places.locate(names, tmp_path / "whole", "x.csv") == list(names.values())
+
+
+def test_a_linked_class_folder_is_refused(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "p", ["a/1.png", "b/2.png"])
+    fill(tmp_path, ["elsewhere/3.png"])
+    (folder / "c").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="1 linked: c"):
+        sources.from_class_folders(folder)
+    with pytest.raises(UserError, match="1 linked: c"):
+        sources.from_test(folder, None, "image", "label", read(tmp_path, "ab"), "classify")
 
 
 @pytest.mark.parametrize("name", ["", "gone.png", "d", ".", "x" * 5000, "~"])
 def test_names_without_a_file_are_refused(tmp_path: Path, name: str) -> None:
     folder = fill(tmp_path / "p", ["ok.png.png", "d/a.png"])
     with pytest.raises(UserError, match="without one"):
-        sources.locate([name], folder, "x.csv")
+        places.locate([name], folder, "x.csv")
 
 
 def test_a_name_without_suffix_that_means_two_files_is_refused(tmp_path: Path) -> None:
     folder = fill(tmp_path / "p", ["a.jpg", "a.png", "b.png", "d/a.png"])
-    assert sources.locate(["a.jpg", "b", "d/a"], folder, "x.csv") == ["a.jpg", "b.png", "d/a.png"]
+    assert places.locate(["a.jpg", "b", "d/a"], folder, "x.csv") == ["a.jpg", "b.png", "d/a.png"]
     with pytest.raises(UserError, match=r"1 with several: a: a\.jpg, a\.png"):
-        sources.locate(["b", "a"], folder, "x.csv")
+        places.locate(["b", "a"], folder, "x.csv")
 
 
 @given(st.text(max_size=30))
@@ -86,7 +106,7 @@ def test_fuzzed_names_stay_inside(tmp_path: Path, name: str) -> None:
     if not folder.exists():
         fill(folder, ["ok.png", "d/a.png"])
     try:
-        (found,) = sources.locate([name], folder, "x.csv")
+        (found,) = places.locate([name], folder, "x.csv")
     except UserError:
         return
     assert Path(os.path.realpath(folder / found)).is_relative_to(folder)
@@ -140,12 +160,42 @@ def test_numbers_sort_as_numbers_and_text_stays_text(tmp_path: Path) -> None:
         assert one.table["label"].tolist() == list(labels)
 
 
+def test_leading_zeros_come_back_in_the_submission(tmp_path: Path) -> None:
+    fill(tmp_path / "p", [f"{row}.png" for row in range(3)])
+
+    def labelled(*labels: str) -> sources.Source:
+        text = "image,label\n" + "".join(f"{row}.png,{label}\n" for row, label in enumerate(labels))
+        return sources.from_csv(csv(tmp_path / "t.csv", text), tmp_path / "p", "image", "label", "classify")
+
+    one = labelled("002", "010", "001")
+    assert (one.names, one.info["spelling"]) == (("1", "2", "10"), {"1": "001", "2": "002", "10": "010"})
+    assert sources.fix_classes(one, csv(tmp_path / "c.txt", "010\n002\n001\n")).names == ("10", "2", "1")
+    assert "spelling" not in labelled("1.0", "2.0", "+3").info
+    with pytest.raises(UserError, match="01, 1"):
+        labelled("1", "01", "2")
+    for sample, spelled, style in [
+        ("image,label\n0.png,000\n", one.info["spelling"], "labels"),  # shows no class of ours: as train
+        ("image,label\n0.png,1\n", {}, "labels"),
+        ("image,002,001,010\n0.png,0,0,0\n", one.info["spelling"], "probabilities"),
+        ("image,2,1,10\n0.png,0,0,0\n", {}, "probabilities"),
+    ]:
+        path = csv(tmp_path / "s.csv", sample)
+        _, info = sources.from_test(tmp_path / "p", path, "image", "label", one, "classify")
+        assert (info["spelling"], info["style"]) == (spelled, style)
+    plain = read(tmp_path, "12")
+    _, info = sources.from_test(
+        tmp_path / "p", csv(tmp_path / "s.csv", "image,label\n0.png,01\n"), "image", "label", plain, "classify"
+    )
+    assert info["spelling"] == {"1": "01"}
+
+
 def test_the_users_own_columns_make_room(tmp_path: Path) -> None:
     fill(tmp_path / "p", ["a.png"])
-    text = "image,label,fold,path,user_fold,note\na.png,x,7,elsewhere,8,hi\n"
+    text = "image,label,fold,path,user_fold,note,row\na.png,x,7,elsewhere,8,hi,9\n"
     one = sources.from_csv(csv(tmp_path / "t.csv", text), tmp_path / "p", "image", "label", "classify")
     row = one.table.iloc[0]
     assert (row["user_path"], row["user_user_fold"], row["user_fold"], row["note"]) == ("elsewhere", "7", "8", "hi")
+    assert row["user_row"] == "9"  # ours is where a sample stands in the table
     assert not one.table.columns.duplicated().any()
 
 
@@ -207,14 +257,21 @@ def test_wrong_points_are_refused(tmp_path: Path, text: str, words: str) -> None
 def test_wrong_sample_submissions_are_refused(tmp_path: Path, text: str, words: str) -> None:
     fill(tmp_path / "t", ["a.png", "b.png"])
     with pytest.raises(UserError) as caught:
-        sources.from_test(tmp_path / "t", csv(tmp_path / "s.csv", text), "image", "label", ("0", "1"), "classify")
+        sources.from_test(
+            tmp_path / "t", csv(tmp_path / "s.csv", text), "image", "label", read(tmp_path, "01"), "classify"
+        )
     assert words in str(caught.value)
 
 
 def test_sample_submission_sets_names_order_and_style(tmp_path: Path) -> None:
     fill(tmp_path / "t", ["a.png", "b.png"])
     rows, info = sources.from_test(
-        tmp_path / "t", csv(tmp_path / "s.csv", "id,0,1\nb,0.5,0.5\na,0,1\n"), "image", "label", ("0", "1"), "classify"
+        tmp_path / "t",
+        csv(tmp_path / "s.csv", "id,0,1\nb,0.5,0.5\na,0,1\n"),
+        "image",
+        "label",
+        read(tmp_path, "01"),
+        "classify",
     )
     assert rows.to_dict("list") == {"file": ["b.png", "a.png"], "name": ["b", "a"]}
     assert (info["style"], info["id_style"], info["image_column"]) == ("probabilities", "stem", "id")
@@ -262,7 +319,7 @@ def test_fuzzed_landmarks_and_samples_are_right_or_refused(tmp_path: Path, text:
             numbers = one.table[[f"{name}_{axis}" for name in one.names for axis in "xy"]].to_numpy(float)
             assert not np.isinf(numbers).any()
         else:
-            rows, _ = sources.from_test(folder, path, "image", "label", ("0", "1"), "classify")
+            rows, _ = sources.from_test(folder, path, "image", "label", read(tmp_path, "01"), "classify")
             files = rows["file"]
             assert rows["name"].is_unique
     except UserError:

@@ -53,6 +53,17 @@ def test_odd_column_names_and_probabilities(tmp_path: Path) -> None:
     assert row[["1", "2", "10"]].tolist() == pytest.approx([0.1, 0.2, 0.7])
 
 
+def test_labels_with_leading_zeros_are_written_as_they_were_read(tmp_path: Path) -> None:
+    test = toy_set(
+        tmp_path, "image,label\na.jpg,001\nb.jpg,001\n", label_type="int", spelling={"1": "001", "10": "010"}
+    )
+    assert submission.write(predicted(), test, tmp_path / "a.csv").read_text() == "image,label\na.jpg,001\nb.jpg,010\n"
+    spelling = {"1": "01", "2": "02"}
+    test = toy_set(tmp_path, "image,02,10,01\nb.jpg,0,0,0\n", style="probabilities", spelling=spelling)
+    row = pd.read_csv(submission.write(predicted(), test, tmp_path / "b.csv")).iloc[0]
+    assert row[["01", "02", "10"]].tolist() == pytest.approx([0.1, 0.2, 0.7])
+
+
 def test_without_a_sample_every_name_gets_a_row(tmp_path: Path) -> None:
     path = submission.write(predicted(), toy_set(tmp_path, None), tmp_path / "submission.csv")
     assert sorted(pd.read_csv(path)["image"]) == ["a.jpg", "b.jpg", "c.jpg", "copy of a.jpg"]

@@ -115,7 +115,8 @@ class Infer(Section):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 = faster, labels only, agreement stated")
     early_exit: float = Field(
         0.0, ge=0, le=1,
-        description="0 = off; 1 = leave an image once no view left can change its label; less = sooner. Labels only",
+        description="0 = off; 1 = leave an image once no view left can change its label; less = sooner. Labels only,"
+        " and only of weighted means",
     )  # fmt: skip
 
 

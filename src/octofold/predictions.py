@@ -175,6 +175,8 @@ class Predictions:
             table = pq.read_table(path)
             header = json.loads((table.schema.metadata or {})[b"octofold"])
             points = bool(header.pop("is_points"))
+            if odd := set(header) ^ set(_HEADER):
+                raise ValueError(f"more or fewer facts than this version knows: {preview(sorted(odd))}")
             count = len(header["classes"]) * (2 if points else 1)
             frame = table.to_pandas()
             values = frame.iloc[:, -count:].to_numpy(np.float32)

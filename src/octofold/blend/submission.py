@@ -116,6 +116,7 @@ def _columns(
     """Fill every column: the id, then the label, or a probability per class, or two coordinates per point."""
     key = str(test.info.get("image_column", columns[0]))
     filled: dict[str, Any] = {key: order}
+    spelling = test.info.get("spelling", {})  # of labels like 001, which are numbers to us
     if test.info.get("style") == landmarks.STYLE:
         lists = _asked(test)
         picked = landmarks.chosen(values, [lists[name] for name in order])
@@ -126,12 +127,12 @@ def _columns(
                 names = {f"{point}_{'xy'[axis]}", f"{point}_{'XY'[axis]}", f"{point}{_suffixes(test)[axis]}"}
                 filled |= {name: values[:, place, axis] for name in names if name in columns}
     elif test.info.get("style") == "probabilities":
-        filled |= {name: values[:, place] for place, name in enumerate(classes)}
+        filled |= {spelling.get(name, name): values[:, place] for place, name in enumerate(classes)}
     else:
         labels = np.array(classes, dtype=object)[values.argmax(axis=1)]
         whole = (label_type or test.info.get("label_type")) == "int"
         label = str(test.info.get("label_column", "label"))
-        filled[label] = [int(name) for name in labels] if whole else labels
+        filled[label] = [spelling.get(name, int(name)) for name in labels] if whole else labels
     unknown = [name for name in columns if name not in filled]
     lost = [name for name in filled if name not in columns]
     if unknown or lost:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from octofold.clean.cleaning import Item, Queue, undecided
 from octofold.clean.evidence import KINDS
-from octofold.data.images import open_image, to_rgb, upright
+from octofold.data.decoding import open_image, to_rgb, upright
 from octofold.data.journal import Entry, Journal
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError

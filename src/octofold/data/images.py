@@ -1,23 +1,11 @@
 """Pixels: the one way a photo on disk becomes an array, used by the cache, validation, test and serving alike.
 
 A resize that differs between training and inference costs more accuracy than half precision does, so there is
-one `load`. What is odd about a photo is decided here, once:
-
-==================  ==================================================================================
-turned by EXIF      turned upright; points are in the pixels of the upright photo
-alpha, palette      laid on white (dropping alpha would show whatever colour hides behind it)
-16-bit, 32-bit      65535 becomes 255, no stretching per image
-CMYK, YCbCr, LAB    converted to RGB by Pillow
-animated            the first frame
-grey                three equal channels
-==================  ==================================================================================
+one `load`. What is odd about a photo is decided in `decoding`.
 """
 
-import io
 import json
 import os
-import struct
-import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from octofold.data.decoding import open_image, to_rgb, upright, upright_size
 from octofold.errors import UserError
 from octofold.files import ROOT, sha256_json
 from octofold.recipe import Model
@@ -35,13 +24,10 @@ if TYPE_CHECKING:
     from octofold.data.manifest import Manifest
 
 Pixels = npt.NDArray[np.uint8]
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 LONGEST = 4  # a strip longer than 4:1 is cut about its centre before `crop` blows up its short side
 GREY = 128  # of the bars that `pad` adds
 AHEAD = 256  # photos decoded between two writes
-VERSION = 1  # of the pixels: another decode or resize must not find old caches
-MOST_PIXELS = 300_000_000
-Image.MAX_IMAGE_PIXELS = None  # `open_bytes` refuses by MOST_PIXELS instead
+VERSION = 2  # of the pixels: another decode or resize must not find old caches
 
 
 class PixelSpec(NamedTuple):
@@ -102,10 +88,8 @@ def load(path: Path | str, spec: PixelSpec) -> tuple[Pixels, Frame]:
 
 def fit(image: Image.Image, spec: PixelSpec, path: Path | str = "image") -> tuple[Pixels, Frame]:
     """Decode and resize an opened photo; `path` is only what errors call it. Returns and raises as `load`."""
-    width, height = image.size  # before drafting: the frame speaks of the photo as it is
-    image.draft(None, _scaled(width, height, spec))  # big JPEGs: decode at 1/2, 1/4 or 1/8
-    if orientation(image) >= 5:
-        width, height = height, width
+    width, height = upright_size(image, path)  # before drafting: the frame speaks of the photo as it is
+    image.draft(None, _scaled(*image.size, spec))  # big JPEGs: decode at 1/2, 1/4 or 1/8
     image = upright(image, path)
     pixels = to_rgb(image, path)
     margin_x = margin_y = 0
@@ -145,101 +129,6 @@ def resize(pixels: Pixels, height: int, width: int) -> Pixels:
     return np.ascontiguousarray(planes[0].permute(1, 2, 0).numpy())
 
 
-def open_image(path: Path | str) -> Image.Image:
-    """Open an image; its pixels are decoded when first asked for.
-
-    Raises:
-        UserError: no such file, empty, not an image, too many pixels.
-    """
-    try:
-        return open_bytes(Path(path).read_bytes(), path)
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from error
-
-
-def open_bytes(data: bytes, path: Path | str) -> Image.Image:
-    """Open the bytes of an image file; `path` is only what errors call it. Raises as `open_image`."""
-    if not data:
-        raise UserError(path, expected="an image", got="an empty file (0 bytes)")
-    try:
-        image = Image.open(io.BytesIO(data))
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from error
-    if image.width * image.height > MOST_PIXELS:
-        raise UserError(path, expected="at most 300 megapixels", got=f"{image.width} x {image.height}")
-    return image
-
-
-# What Pillow's decoders raise on broken files.
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, MemoryError, IndexError, KeyError, TypeError, struct.error)
-_UNREADABLE = (*_BROKEN, zlib.error, Image.DecompressionBombError)
-
-
-def _unreadable(path: Path | str, error: BaseException) -> UserError:
-    if isinstance(error, UserError):
-        return error
-    reason = "no such file" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
-    return UserError(path, expected="a readable image", got=reason, fix="replace the file or remove its row")
-
-
-def orientation(image: Image.Image) -> int:
-    """EXIF orientation 1..8; 1 (upright) where there is none or the block is broken."""
-    try:
-        value = image.getexif().get(0x0112, 1)
-    except (OSError, SyntaxError, ValueError, KeyError, TypeError):
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-def upright(image: Image.Image, path: Path | str = "image") -> Image.Image:
-    """Turn as EXIF says.
-
-    Raises:
-        UserError: the pixels cannot be decoded.
-    """
-    turn = _TURNS.get(orientation(image))
-    try:
-        return image if turn is None else image.transpose(turn)
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from error
-
-
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def to_rgb(image: Image.Image, path: Path | str = "image") -> Pixels:
-    """Return ``(H, W, 3)`` uint8 by the table at the head of this file.
-
-    Raises:
-        UserError: the pixels cannot be decoded (truncated, corrupt).
-    """
-    try:
-        if image.mode.startswith("I") or image.mode == "F":
-            grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
-            unit = 255.0 if image.mode == "F" and grey.max(initial=0) <= 1 else 255 / 65535
-            grey = np.clip(np.rint(grey * unit), 0, 255).astype(np.uint8)
-            return np.repeat(grey[..., None], 3, axis=2)
-        if has_alpha(image):
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.array(image.convert("RGB"))
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from error
-
-
-def has_alpha(image: Image.Image) -> bool:
-    """Whether some pixel may be see-through."""
-    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
-
-
 def _scaled(width: int, height: int, spec: PixelSpec) -> tuple[int, int]:
     """(width, height) after the resize."""
     if spec.fit == "squash":
@@ -258,15 +147,6 @@ def _shorten(pixels: Pixels) -> tuple[Pixels, int, int]:
     left = max(0, width - LONGEST * height) // 2
     top = max(0, height - LONGEST * width) // 2
     return pixels[top : height - top or None, left : width - left or None], left, top
-
-
-def find_images(folder: Path) -> list[Path]:
-    """Every image file under a folder, by suffix, sorted; hidden ones (``.name``, ``__MACOSX``) left out."""
-    found: list[Path] = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
-        found += [Path(place, name) for name in files if not name.startswith(".") and name.lower().endswith(SUFFIXES)]
-    return sorted(found)
 
 
 class PixelCache:

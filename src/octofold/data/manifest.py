@@ -98,24 +98,25 @@ class Manifest:
         )
 
     def save(self, path: Path | str) -> Path:
-        """Write the CSV and, beside it, ``<name>.json`` with task, classes and image folder; both atomic."""
+        """Write the CSV and, beside it, ``<name>.json`` with task, classes and image folder.
+
+        Each is whole or as it was; both are ready before either is replaced, the table last.
+        """
         path = Path(path)
-        write_json(
-            path.with_suffix(".json"),
-            {
-                "task": self.task,
-                "classes": list(self.classes),
-                "competition": self.competition,
-                "images": _portable(self.images, path.parent),
-                "info": self.info,
-                "hash": self.hash if "fold" in self.table else "",
-            },
-        )
+        about = {
+            "task": self.task,
+            "classes": list(self.classes),
+            "competition": self.competition,
+            "images": _portable(self.images, path.parent),
+            "info": self.info,
+            "hash": self.hash if "fold" in self.table else "",
+        }
         text = self.table.to_csv(index=False, lineterminator="\n")
         if "\r" in text:  # csv would leave it bare, and a reader would see a line's end
             text = self.table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_ALL)
         with atomic(path) as temporary:
             temporary.write_bytes(text.encode())
+            write_json(path.with_suffix(".json"), about)
         return path
 
 
@@ -125,8 +126,12 @@ def _portable(images: Path, folder: Path) -> str:
     return str(images.relative_to(folder)) if images.is_relative_to(folder) else str(images)
 
 
-def read(path: Path | str) -> Manifest:
+def read(path: Path | str, by_hash: bool = True) -> Manifest:
     """Read a manifest and check it.
+
+    Args:
+        path: the CSV; its description lies beside it.
+        by_hash: hold its hash against the description's too.
 
     Raises:
         UserError: missing files or columns, repeated ids, an unknown label, a fold that is no number, or a table
@@ -151,7 +156,7 @@ def read(path: Path | str) -> Manifest:
         info=header["info"],
     )
     _check(manifest, path)
-    if header.get("hash") and header["hash"] != manifest.hash:
+    if by_hash and header.get("hash") and header["hash"] != manifest.hash:
         raise UserError(
             path,
             expected=f"manifest hash {header['hash'][:12]}",

@@ -19,8 +19,11 @@ def muster(config: Infer) -> Ensemble:
     """Return the models the flags name, as one ensemble.
 
     Raises:
-        UserError: none named, or not there.
+        UserError: none named, two ways at once, or not there.
     """
+    if config.model and (config.member or config.stage != "production"):
+        got = f"--model with {f'--member {config.member}' if config.member else f'--stage {config.stage}'}"
+        raise UserError("infer", expected="--model, or --competition with --member and --stage", got=got)
     device = inference.pick_device(config.device)
     if config.competition and config.member:
         slots = registry.resolve(config.competition, config.stage, [config.member])[config.member]

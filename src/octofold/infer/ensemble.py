@@ -91,6 +91,13 @@ class Ensemble:
         return self.voices[0].card.task
 
     @property
+    def is_mean(self) -> bool:
+        """Whether it says a weighted mean of its voices: no view left can then move it further than its own share."""
+        blend = getattr(self.combine, "__self__", None)
+        plain = isinstance(blend, Blend) and blend.rule in ("linear", "gate") and not blend.params.get("experts")
+        return self.combine is None or plain
+
+    @property
     def manifest_hash(self) -> str:
         """Of the training data (of a blend of several: the one its weights were fitted on)."""
         return str(self.about.get("manifest_hash") or self.voices[0].card.manifest_hash)

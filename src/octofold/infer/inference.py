@@ -156,7 +156,8 @@ class How:
         engine: row of `engine.ENGINES`, or ``auto``.
         precision: ``fp32``, exact; or ``bf16``, for labels only.
         early_exit: 0 = every view of every image. 1 = an image is left as soon as no remaining view could change its
-            label; smaller values take that share of the provable lead to be enough. For labels only.
+            label; smaller values take that share of the provable lead to be enough. For labels only, and for weighted
+            means only: after another rule (geometric, stack …) a lead proves nothing.
     """
 
     views: str = "geo8"
@@ -182,7 +183,17 @@ def stream(ensemble: Ensemble, items: Sequence[Item], how: How, total: int = 0) 
 
     Yields:
         Batches in order. Values are ``(B, K)`` probabilities or ``(B, P, 2)`` points in original pixels.
+
+    Raises:
+        UserError: views that these models cannot take, or an early exit of a blend that is no weighted mean.
     """
+    if how.early_exit and not ensemble.is_mean:
+        raise UserError(
+            "--early_exit",
+            expected="a model, a bag or a blend that is a weighted mean",
+            got=f"{ensemble.name}, whose rule may turn on a view not yet looked at",
+            fix="leave it out",
+        )
     for voice in ensemble.voices:
         voice.task.check_views(how.views)
     specs = ensemble.specs

@@ -11,10 +11,12 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from octofold.data.images import SUFFIXES, Frame, PixelSpec, find_images, fit, open_bytes, square
+from octofold.data.decoding import open_bytes
+from octofold.data.folders import SUFFIXES, find_images, left_out
+from octofold.data.images import Frame, PixelSpec, fit, square
 from octofold.data.manifest import ID_LENGTH, Manifest
 from octofold.data.manifest import read as read_manifest
-from octofold.errors import UserError
+from octofold.errors import UserError, preview
 from octofold.files import existing
 
 Bytes = npt.NDArray[np.uint8]
@@ -37,6 +39,7 @@ class Source:
     items: list[Item]
     where: Path
     is_manifest: bool
+    left_out: Sequence["Skipped"] = ()  # files in the folder that are no images by their names, and linked folders
 
 
 def find(images: Path | str) -> Source:
@@ -48,9 +51,11 @@ def find(images: Path | str) -> Source:
     path = existing(images, "a folder of images, an image, or a manifest (CSV)")
     if path.is_dir():
         items = [Item(file.relative_to(path).as_posix(), file) for file in find_images(path)]
+        other = [Skipped(*found) for found in left_out(path)]
         if not items:
-            raise UserError(path, expected=f"images ({', '.join(SUFFIXES)}) in it or below", got="none")
-        return Source(items, path, False)
+            got = f"none, but {len(other)} others: {preview(one.name for one in other)}" if other else "none"
+            raise UserError(path, expected=f"images ({', '.join(SUFFIXES)}) in it or below", got=got)
+        return Source(items, path, False, other)
     if path.suffix.lower() == ".csv":
         return Source(items_of(read_manifest(path)), path, True)
     return Source([Item(path.name, path)], path.parent, False)

@@ -62,16 +62,8 @@ def sort_into(result: Result, source: Source, folder: Path) -> int:
     Raises:
         UserError: points have no classes to sort by, or the folder lies inside the images' own.
     """
-    said = result.predictions
-    if said.is_points:
-        raise UserError("--sort_into", expected="a classifier", got="a model of points", fix="leave it out")
-    folder = folder.absolute()
-    if not source.is_manifest and folder.resolve().is_relative_to(source.where.resolve()) and len(source.items) > 1:
-        raise UserError(
-            folder,
-            expected=f"a folder outside {source.where}",
-            got="one inside: the copies would be predicted next time",
-        )
+    said, folder = result.predictions, folder.absolute()
+    check_sorting("keypoints" if said.is_points else "classify", source, folder)
     paths = {item.name: item.path for item in source.items}
     folders = dict(zip(said.classes, folder_names(said.classes), strict=True))
     bases = Counter(Path(name).name.lower() for name, _ in result.files)
@@ -83,6 +75,22 @@ def sort_into(result: Result, source: Source, folder: Path) -> int:
             shutil.copyfile(path, temporary)
         count += 1
     return count
+
+
+def check_sorting(task: str, source: Source, folder: Path) -> None:
+    """Refuse what `sort_into` would refuse, before the hours of predicting.
+
+    Raises:
+        UserError: points have no classes to sort by, or the folder lies inside the images' own.
+    """
+    if task == "keypoints":
+        raise UserError("--sort_into", expected="a classifier", got="a model of points", fix="leave it out")
+    if not source.is_manifest and folder.resolve().is_relative_to(source.where.resolve()) and len(source.items) > 1:
+        raise UserError(
+            folder,
+            expected=f"a folder outside {source.where}",
+            got="one inside: the copies would be predicted next time",
+        )
 
 
 def folder_names(classes: Sequence[str]) -> list[str]:

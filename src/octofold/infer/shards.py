@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from octofold.config import log
 from octofold.errors import UserError, preview
 from octofold.files import ROOT, sha256_json
 from octofold.infer import inference
@@ -36,12 +37,19 @@ class Result:
     Attributes:
         predictions: one row per distinct content.
         files: every file that could be read, as (name, sample id).
-        skipped: every file that could not, and why.
+        skipped: every file that could not, or was not looked at, and why.
+        work: the folder of the finished parts; `clear` removes it once the result is written.
     """
 
     predictions: Predictions
     files: list[tuple[str, str]]
     skipped: list[Skipped]
+    work: Path
+
+
+def clear(result: Result) -> None:
+    """Remove the parts of a result that is written: until then they are all there is of the work."""
+    shutil.rmtree(result.work, ignore_errors=True)  # another machine may be doing the same
 
 
 def run(
@@ -63,7 +71,8 @@ def run(
         progress: a bar on stderr.
 
     Returns:
-        The joined result, or None when `shard` was given and other parts are still missing.
+        The joined result, or None: other parts are still missing (`shard` was given), or another call has joined them
+        and removed them since.
 
     Raises:
         UserError: no such shard, or not one readable image.
@@ -80,9 +89,14 @@ def run(
             make(ensemble, cut, how, place, bar)
     if cut.missing():
         return None
-    result = _join([Predictions.load(cut.file(place)) for place in range(len(cut.parts))], source)
-    shutil.rmtree(cut.work)
-    return result
+    try:
+        parts = [Predictions.load(cut.file(place)) for place in range(len(cut.parts))]
+    except (UserError, OSError):
+        if not cut.missing():
+            raise
+        log.warning("another call of this job has joined its parts: the result is there")
+        return None
+    return _join(parts, source, cut.work)
 
 
 @dataclass(frozen=True)
@@ -166,7 +180,7 @@ def _one(ensemble: Ensemble, items: Sequence[Item], how: How, total: int, bar: "
     )
 
 
-def _join(parts: Sequence[Predictions], source: Source) -> Result:
+def _join(parts: Sequence[Predictions], source: Source, work: Path) -> Result:
     files = [(str(name), str(one)) for part in parts for name, one in part.extra["files"]]
     skipped = [Skipped(*entry) for part in parts for entry in part.extra["skipped"]]
     if not files:
@@ -177,7 +191,8 @@ def _join(parts: Sequence[Predictions], source: Source) -> Result:
     _, first = np.unique(ids, return_index=True)  # one content may have fallen into two parts
     keep = np.sort(first)
     extra = {name: value for name, value in parts[0].extra.items() if name not in ("files", "skipped")}
-    return Result(replace(parts[0], sample_ids=ids[keep], values=values[keep], extra=extra), files, skipped)
+    said = replace(parts[0], sample_ids=ids[keep], values=values[keep], extra=extra)
+    return Result(said, files, [*skipped, *source.left_out], work)
 
 
 def rows(result: Result) -> Iterator[tuple[str, str, np.ndarray]]:

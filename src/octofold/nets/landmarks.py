@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from octofold.errors import UserError, preview
-from octofold.files import existing
+from octofold.files import existing, read_json
 
 Array = npt.NDArray[Any]
 STYLE = "point_list"
@@ -85,7 +85,7 @@ def swap_table(text: str, names: Sequence[str]) -> list[int] | None:
     Args:
         text: "" = not known, so that views and augmentations that mirror are left out or refused; ``none`` = no point
             has a twin; ``left_eye:right_eye,left_ear:right_ear``; or a JSON file with a list of such pairs, or with
-            the index of every point's twin.
+            the index of every point's twin; an empty list = ``none``.
         names: of the points.
 
     Returns:
@@ -101,9 +101,12 @@ def swap_table(text: str, names: Sequence[str]) -> list[int] | None:
     if text.endswith(".json"):
         from octofold.nets.tasks import check_swap  # brings torch along
 
-        found = json.loads(existing(text, "the swap table (--swap)").read_text(encoding="utf-8"))
-        if isinstance(found, list) and all(isinstance(item, int) for item in found):
+        found = read_json(text, "the swap table (--swap)")
+        if isinstance(found, list) and found and all(type(item) is int for item in found):
             return check_swap(found, names)
+        if not isinstance(found, list) or not all(isinstance(pair, list) for pair in found):
+            expected = "a list of pairs of names, or of the index of every point's twin"
+            raise UserError(text, expected=expected, got=json.dumps(found)[:60])
         pairs = [tuple(map(str, pair)) for pair in found]
     else:
         pairs = [tuple(part.strip().split(":")) for part in text.split(",")]

@@ -136,7 +136,7 @@ class Keypoints:
                 f"views '{views}' on keypoints",
                 expected="a swap table, because mirrored views turn left points into right ones",
                 got="none in the manifest",
-                fix="give prepare the pairs (an empty table if no point has a twin), or use tta: none",
+                fix="give prepare the pairs (--swap none if no point has a twin), or use tta: none",
             )
 
     def score(self, values: Array, target: Array, metric: str) -> float:

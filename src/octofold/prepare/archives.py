@@ -12,6 +12,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path, PurePosixPath
@@ -19,7 +20,8 @@ from typing import IO, NamedTuple
 
 from tqdm import tqdm
 
-from octofold.data.images import SUFFIXES
+from octofold.config import log
+from octofold.data.folders import COMPANIONS, SUFFIXES
 from octofold.errors import UserError
 from octofold.files import write_json
 
@@ -87,6 +89,7 @@ def _write(archive: Path, part: Path) -> None:
     free = shutil.disk_usage(part).free
     allowed = min(free, max(SMALL, archive.stat().st_size * MOST_RATIO))
     total = count = 0
+    passed: Counter[str] = Counter()
     with _members(archive) as members, tqdm(desc=f"unpack {archive.name}", unit="file") as bar:
         try:
             for member in members:
@@ -99,6 +102,7 @@ def _write(archive: Path, part: Path) -> None:
                         got=f"{total:,} bytes, {count:,} files by '{member.name}'", fix="unpack it by hand",
                     )  # fmt: skip
                 if not target.name.lower().endswith(SUFFIXES + TABLES):
+                    passed[target.suffix] += not target.name.lower().endswith(COMPANIONS)
                     continue
                 if target.exists():
                     raise UserError(archive, expected="each name once", got=f"'{member.name}' twice")
@@ -114,6 +118,8 @@ def _write(archive: Path, part: Path) -> None:
             raise UserError(
                 archive, expected="an archive that is whole", got=str(error) or type(error).__name__
             ) from error
+    if passed := +passed:
+        log.warning("%s: files left in it, by suffix: %s", archive.name, dict(passed))
 
 
 def _copy(member: Member, file: IO[bytes], archive: Path) -> None:

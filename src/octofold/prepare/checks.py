@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.fft import dctn
 from tqdm import tqdm
 
-from octofold.data.images import has_alpha, open_bytes, orientation, to_rgb, upright
+from octofold.data.decoding import BROKEN, has_alpha, open_bytes, orientation_tag, to_rgb, upright, upright_size
 from octofold.data.manifest import ID_LENGTH
 from octofold.errors import UserError
 
@@ -68,11 +68,10 @@ def _look(path: Path) -> tuple[dict[str, object], int, npt.NDArray[np.uint8]]:
         facts["sha256"] = hashlib.sha256(data).hexdigest()
         facts["sample_id"] = str(facts["sha256"])[:ID_LENGTH]
         image = open_bytes(data, path)
-        facts["mode"], facts["odd"] = image.mode, ", ".join(oddities(image))
-        width, height = image.size
+        # oddities counts the frames of a copy: where one is cut off, Pillow would be left standing in it
+        facts["mode"], facts["odd"] = image.mode, ", ".join(oddities(open_bytes(data, path)))
+        width, height = upright_size(image, path)
         image.draft(None, (2 * SIDE, 2 * SIDE))
-        if orientation(image) >= 5:
-            width, height = height, width
         pixels = to_rgb(upright(image, path), path)
     except UserError as error:
         facts["problem"] = next((line[12:] for line in str(error).splitlines() if "got: " in line), str(error))
@@ -81,6 +80,8 @@ def _look(path: Path) -> tuple[dict[str, object], int, npt.NDArray[np.uint8]]:
         facts["problem"] = error.strerror or str(error)
         return facts, 0, np.zeros(TINY * TINY * 3, np.uint8)
     facts |= {"width": width, "height": height}
+    if facts["mode"] == "F" and not pixels.any():  # values of another range than [0, 1] or [0, 65535]
+        facts["odd"] = f"{facts['odd']}, comes out black"
     small = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
     grey = np.asarray(small.convert("L"), np.float32) / 255
     inner = 4 * grey[1:-1, 1:-1] - grey[:-2, 1:-1] - grey[2:, 1:-1] - grey[1:-1, :-2] - grey[1:-1, 2:]
@@ -96,7 +97,7 @@ def _phash(grey: npt.NDArray[np.float32]) -> int:
 
 
 def oddities(image: Image.Image) -> list[str]:
-    """What is unusual about an opened image; every one of these is handled (see images.py), and reported."""
+    """What is unusual about an opened image; every one of these is handled (see decoding.py), and reported."""
     found = [image.mode] if image.mode in ("CMYK", "LAB", "YCbCr", "HSV") else []
     if image.mode.startswith("I") or image.mode == "F":
         found.append("16-bit" if image.mode.startswith("I;16") else "32-bit")
@@ -104,8 +105,12 @@ def oddities(image: Image.Image) -> list[str]:
         found.append("palette")
     if has_alpha(image):
         found.append("alpha")
-    if getattr(image, "n_frames", 1) > 1:
+    try:
+        frames = getattr(image, "n_frames", 1)
+    except BROKEN:
+        frames = 2  # a later one is cut off; the first is all we want
+    if frames > 1:
         found.append("animated")
-    if orientation(image) != 1:
+    if orientation_tag(image) != 1:
         found.append("EXIF-rotated")
     return found

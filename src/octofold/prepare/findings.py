@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from octofold.data.folders import left_out
 from octofold.errors import UserError, preview
 
 Ints = npt.NDArray[np.int64]
@@ -24,6 +26,10 @@ class Findings:
         """Note something about a row that has ``file`` (or ``path``) and ``sample_id``."""
         file = getattr(row, "file", None) or getattr(row, "path", "")
         self.rows.append((where, str(file), str(row.sample_id), kind, detail, action))
+
+    def absent(self, where: str, folder: Path) -> None:
+        """Note the files under a folder of images that nobody looks at."""
+        self.rows += [(where, name, "", "not looked at", why, "left out") for name, why in left_out(folder)]
 
     def group(self, name: str) -> None:
         """Note a group that lies in several folds."""

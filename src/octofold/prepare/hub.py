@@ -15,8 +15,10 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
+from octofold.config import log
 from octofold.errors import UserError, known, preview
 from octofold.files import atomic, write_json
+from octofold.prepare import archives
 
 SPLITS = {"train": "train", "validation": "train", "val": "train", "dev": "train", "valid": "train", "test": "test"}
 _TRAIN = ({"train": True}, {"train": False})
@@ -42,13 +44,15 @@ TORCHVISION: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "Caltech101": ({}, None),
 }
 """Data sets by name, with the arguments of their training and test parts."""
+_TABLES = ("train.csv", "test_truth.csv", "sample_submission.csv", "classes.json", archives.MARK)
 
 
 @dataclass
 class Layout:
-    """Rows written so far, per part (train, test)."""
+    """Rows written so far, per part (train, test), and how many of train were left out for want of a label."""
 
     folder: Path
+    unlabelled: int = 0
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"train": [], "test": []})
 
     def add(self, part: str, data: bytes, row: dict[str, Any]) -> None:
@@ -61,15 +65,28 @@ class Layout:
         self.rows[part].append({"image": name, **row})
 
     def close(self, classes: list[str] | None) -> Path:
-        """Write the tables: labels, class order, and the test part's truth kept aside."""
+        """Write the tables: labels, class order, and the test part's truth kept aside; remove an earlier source's."""
         if not self.rows["train"]:
-            raise UserError(self.folder, expected="a training part", got="no images in one")
+            got = f"no images in one, but {self.unlabelled} without a label" if self.unlabelled else "no images in one"
+            raise UserError(self.folder, expected="a training part", got=got)
+        if self.unlabelled:
+            log.warning("%d training images have no label (-1 or nothing): left out", self.unlabelled)
         train = pd.DataFrame(self.rows["train"])
         tables = {"train.csv": train}
         if self.rows["test"]:
             test = pd.DataFrame(self.rows["test"])
-            sample = test.iloc[:, :1].assign(label=train["label"].iloc[0]) if "label" in train else test.iloc[:, :1]
-            tables |= {"test_truth.csv": test, **({"sample_submission.csv": sample} if "label" in train else {})}
+            if "label" in train:
+                sample = test.iloc[:, :1].assign(label=train["label"].iloc[0])
+                tables["sample_submission.csv"] = sample
+            if "label" in test or "label" not in train:
+                tables["test_truth.csv"] = test
+        for name in {*_TABLES} - {*tables} - ({"classes.json"} if classes else set()):
+            (self.folder / name).unlink(missing_ok=True)
+        for part, rows in self.rows.items():
+            ours = {row["image"] for row in rows}
+            for path in (self.folder / part).glob("*"):
+                if path.is_file() and path.name not in ours:
+                    path.unlink()
         for name, table in tables.items():
             with atomic(self.folder / name) as temporary:
                 table.to_csv(temporary, index=False)
@@ -156,8 +173,13 @@ def _read(path: Path, part: str, layout: Layout) -> list[str] | None:
                     raise UserError(path, expected="images inside the table", got=got)
                 kept = {key: value for key, value in row.items() if isinstance(value, (str, int, float))}
                 if label:
-                    value = kept.pop(label)
-                    kept = {"label": names[value] if names and isinstance(value, int) else value, **kept}
+                    value = None if row[label] is None else kept.pop(label)
+                    if value is None or (names and value == -1):  # how these tables write that nobody knows
+                        layout.unlabelled += part == "train"
+                        if part == "train":
+                            continue
+                    else:
+                        kept = {"label": names[value] if names and isinstance(value, int) else value, **kept}
                 layout.add(part, data, kept)
     except (pa.ArrowException, OSError, KeyError, IndexError, TypeError, json.JSONDecodeError) as error:
         raise UserError(path, expected="a Hugging Face image table", got=_first_line(error)) from error

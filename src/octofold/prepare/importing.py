@@ -10,7 +10,7 @@ import pandas as pd
 from PIL import Image
 
 from octofold.commands import Prepare
-from octofold.data.images import SUFFIXES, find_images
+from octofold.data.folders import SUFFIXES, find_images, refuse_links
 from octofold.errors import UserError, preview
 from octofold.files import ROOT, atomic, existing
 from octofold.prepare import archives, hub, sources
@@ -133,7 +133,7 @@ def _holding(roots: list[Path], names: "pd.Series[str]", kinds: tuple[str, ...],
 
 
 def _has(folder: Path, name: str) -> bool:
-    """Whether a name, perhaps without its suffix, is a file in the folder; `sources.locate` does the checking later."""
+    """Whether a name, perhaps without its suffix, is a file in the folder; `places.locate` does the checking later."""
     if not name.strip() or "\0" in name:
         return False
     return any(os.path.isfile(f"{folder}/{name}{suffix}") for suffix in ("", *SUFFIXES))
@@ -149,6 +149,7 @@ def _class_folders(raw: Path, own: Path) -> dict[str, Any]:
         return {"images": train}
     rows = []
     for part in (train, *more):
+        refuse_links(part)
         for path in find_images(part):
             inner = path.relative_to(part).parts
             if len(inner) < 2:

@@ -5,8 +5,8 @@ missing. An image that was re-encoded has new bytes, hence a new id: it is recog
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pandas as pd
 from octofold.data import manifest as manifests
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError
-from octofold.files import atomic
+from octofold.files import atomic, existing
 from octofold.prepare import neighbours
 
 FILE = "fingerprints.npz"
@@ -86,6 +86,24 @@ def same_looks(gone: Sequence[str], new: Fingerprints, folder: Path) -> dict[str
     return found
 
 
+def re_encoded(old: Manifest, prints: Fingerprints, folder: Path, judged: Iterable[str]) -> dict[str, str]:
+    """Which images of the manifest before have new bytes now: ``{old id: new id}``.
+
+    Only an image never seen before can be another's new bytes: one that was here then and was dropped, or has a
+    decision of its own, is itself, however much it looks like one that is gone.
+
+    Args:
+        old: the manifest before.
+        prints: looks of the images that are here now.
+        folder: where the looks of the old ones are remembered.
+        judged: ids with a decision of their own.
+    """
+    seen = {*old.sample_ids.tolist(), *read(folder).ids.tolist(), *judged}
+    fresh = np.array([name not in seen for name in prints.ids.tolist()], bool)
+    new = Fingerprints(prints.ids[fresh], prints.phash[fresh], prints.tiny[fresh])
+    return same_looks(sorted(set(old.sample_ids.tolist()) - set(prints.ids.tolist())), new, folder)
+
+
 def carry(table: pd.DataFrame, previous: Manifest, same: dict[str, str]) -> tuple[npt.NDArray[np.int64], list[str]]:
     """Folds (-1 where new) and groups ('' where new or alone) that each row had before.
 
@@ -124,8 +142,35 @@ def _ancestry(manifest: Manifest) -> Iterator[Manifest]:
 def find_previous(given: Path | None, out: Path, wanted: bool) -> Manifest | None:
     """The manifest before: the one named, or, where `wanted`, the one that prepare is about to replace."""
     if given is not None:
-        return manifests.read(given)
-    return manifests.read(out / "manifest.csv") if wanted and (out / "manifest.csv").exists() else None
+        return _read(existing(given, "the manifest before (--previous)"))
+    return _read(out / "manifest.csv") if wanted and (out / "manifest.csv").exists() else None
+
+
+def _read(path: Path) -> Manifest:
+    """Read a manifest; where prepare was cut between its description and its table, the version that the table is."""
+    try:
+        return manifests.read(path)
+    except UserError:
+        kept = path.parent / "versions" / manifests.read(path, by_hash=False).hash[:12] / "manifest.csv"
+        if not kept.exists():
+            raise
+        return replace(manifests.read(kept), file=path)
+
+
+def check_folds(old: Manifest, folds: int | None, holdout: float | None) -> None:
+    """Refuse a number of folds, or a share held out, that samples which keep their folds cannot have.
+
+    Raises:
+        UserError: the manifest before has another number of folds.
+    """
+    wanted = 2 if holdout is not None else folds
+    if wanted is not None and wanted != len(old.folds):
+        raise UserError(
+            "--previous, --decisions",
+            expected=f"the {len(old.folds)} folds of {old.file}, which its samples keep",
+            got=f"--folds {folds}" if holdout is None else f"--holdout {holdout}",
+            fix="leave it out, or make other folds from scratch in another --out",
+        )
 
 
 def differences(old: Manifest, new: Manifest, same: dict[str, str]) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import pandas as pd
 from PIL import Image
 
 from octofold import plots
-from octofold.data.images import open_image, to_rgb, upright
+from octofold.data.decoding import open_image, to_rgb, upright
 from octofold.errors import UserError
 
 SIDE = 96

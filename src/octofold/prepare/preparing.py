@@ -5,7 +5,6 @@ same image under two labels is left out (or stops everything), oddities are kept
 Raw data stays raw: decisions of a review are replayed on it, and make a new version of the manifest.
 """
 
-import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from octofold.data.manifest import Manifest
 from octofold.errors import UserError, preview
 from octofold.files import ROOT, atomic, existing, write_json
 from octofold.nets import landmarks
-from octofold.prepare import checks, folds, kinship, lineage, neighbours, sources
+from octofold.prepare import checks, folds, kinship, lineage, neighbours, questions, sources
 from octofold.prepare.findings import Findings, report_alike, report_pairs, report_shared, settle
 from octofold.prepare.grouping import Grouping
 from octofold.prepare.lineage import Fingerprints
@@ -83,18 +82,19 @@ def prepare(config: Prepare) -> Prepared:
     source = read_source(config)
     found = Findings()
     old = lineage.find_previous(config.previous, folder_of(config), config.decisions is not None)
+    if old is not None and config.folds_file is None:
+        lineage.check_folds(old, config.folds if "folds" in config.model_fields_set else None, config.holdout)
     before = _Before(old, old.file.parent if old and old.file else folder_of(config))
     table, prints = _samples(config, source, found)
     if old is not None:
-        fresh = ~np.isin(prints.ids, old.sample_ids)
-        new = Fingerprints(prints.ids[fresh], prints.phash[fresh], prints.tiny[fresh])
-        before.same = lineage.same_looks(sorted(set(old.sample_ids) - set(prints.ids)), new, before.folder)
+        judged = journal.read(config.decisions).decisions() if config.decisions else {}
+        before.same = lineage.re_encoded(old, prints, before.folder, judged)
         for row in table[table["sample_id"].isin(before.same.values())].itertuples():
             found.add("train", row, "re-encoded", "looks like an image of the manifest before", "keeps its fold")
     table, decided = _replay(config, source, table, before)
     prints = _select(prints, table["sample_id"])
     pairs = neighbours.near_pairs(prints.phash, prints.tiny)
-    test, test_looks, test_prints = read_test(config, source, found)
+    test, test_looks, test_prints = questions.read_test(config, source, found)
     rows = kinship.Rows(table["sample_id"].tolist(), [source.images / name for name in table["file"]], prints)
     other = kinship.Rows(test.sample_ids.tolist(), test.paths, test_prints) if test is not None else None
     sides, folder = table[["width", "height"]].min(axis=1).to_numpy(), folder_of(config) / "cache"
@@ -146,6 +146,10 @@ def check(config: Prepare) -> None:
         raise UserError("prepare", expected="--labels CSV with <point>_x, <point>_y columns", got="no --labels")
     if config.task != "keypoints" and (config.swap or config.test_points):
         raise UserError("--swap, --test_points", expected="--task keypoints", got=config.task)
+    if config.test_points is not None and config.test_images is None:
+        raise UserError("--test_points", expected="--test_images as well", got="none")
+    if config.task == "keypoints" and config.classes is not None:
+        raise UserError("--classes", expected="--task classify", got="keypoints", fix="leave it out")
     names = ("images", "labels", "classes", "test_images", "sample_submission", "folds_file", "decisions", "previous",
              "test_points")  # fmt: skip
     for name in names:
@@ -176,6 +180,8 @@ def _samples(config: Prepare, source: sources.Source, found: Findings) -> tuple[
     """Look at every labelled image; one row per content that stays, and their fingerprints."""
     looks = checks.look(source.table["file"].tolist(), source.images, "look at train")
     table = pd.concat([source.table, looks.table.drop(columns="file")], axis=1)
+    if config.labels is None:
+        found.absent("train", source.images)
     if config.folds_file is not None:
         table["fold"] = _given_folds(config, config.folds_file, source)
     if config.decisions is not None and "label" in table:  # an image under two labels, judged since, has one
@@ -233,9 +239,8 @@ def _group(
     """
     table["group"] = ""
     if config.group not in ("auto", "none"):
-        name = config.group if config.group in source.table else f"user_{config.group}"
-        column = name if name in source.table else config.group
-        table["group"] = sources.column(source.table, column, config.labels, "group").str.strip()[table["row"]].tolist()
+        own = sources.groups(source, config.group, config.label_column, config.labels or config.images)
+        table["group"] = own[table["row"]].tolist()
     elif config.group == "auto":
         (rows, other), (pairs, twins) = images, found
         # where test images chose a cut (then or now), it sees to the twins
@@ -289,56 +294,6 @@ def _manifest(config: Prepare, source: sources.Source, table: pd.DataFrame, info
     extra = [name for name in source.table.columns if name not in (*columns, "file", "name")]
     table = table.rename(columns={"file": "path"})[[*columns, "width", "height", *extra]]
     return Manifest(table, config.task, source.names, config.competition, source.images, info)
-
-
-def read_test(
-    config: Prepare, source: sources.Source, found: Findings
-) -> tuple[Manifest | None, pd.DataFrame, Fingerprints]:
-    """The test manifest (one row per content; `names` lists every id that shares it), its looks and fingerprints.
-
-    Raises:
-        UserError: see `sources.from_test`; a test image that cannot be read.
-    """
-    if config.test_images is None:
-        return (
-            None,
-            pd.DataFrame(),
-            Fingerprints(np.zeros(0, "U16"), np.zeros(0, np.uint64), np.zeros((0, 0), np.uint8)),
-        )
-    given = (config.test_images, config.sample_submission, config.image_column, config.label_column)
-    rows, info = sources.from_test(*given, source.names, config.task)
-    folder = existing(config.test_images, "test images").resolve()
-    looks = checks.look(rows["file"].tolist(), folder, "look at test")
-    table = looks.table.assign(name=rows["name"])
-    broken = table[table["problem"] != ""]
-    if len(broken):
-        raise UserError(
-            folder,
-            expected="test images that can be read",
-            got=f"{len(broken)} cannot: {preview(broken['file'] + ': ' + broken['problem'])}",
-            fix="replace the files, or take their rows out of the sample submission",
-        )
-    for row in table[table["odd"] != ""].itertuples():
-        found.add("test", row, str(row.odd))
-    names: dict[str, list[str]] = {}
-    for name, sample in zip(table["name"], table["sample_id"], strict=True):
-        names.setdefault(sample, []).append(name)
-    first = ~table["sample_id"].duplicated().to_numpy()
-    for row in table[~first].itertuples():
-        found.add("test", row, "copy", f"same bytes as {names[str(row.sample_id)][0]}", "predicted once")
-    kept = table[first].reset_index(drop=True).rename(columns={"file": "path"})
-    kept["names"] = [json.dumps(names[name], ensure_ascii=False) for name in kept["sample_id"]]
-    columns = kept[["sample_id", "path", "names", "width", "height"]]
-    info = {**source.info, **info}
-    if config.test_points is not None:
-        asked = landmarks.read_asked(config.test_points, len(source.names), config.image_column)
-        lost = [name for name in table["name"] if name not in asked]
-        if lost:
-            raise UserError(config.test_points, expected="a row for every test image", got=f"none for {preview(lost)}")
-        columns = columns.assign(points=[json.dumps({n: asked[n] for n in names[s]}) for s in kept["sample_id"]])
-        info |= {"style": landmarks.STYLE, "image_column": config.image_column}
-    test = Manifest(columns, config.task, source.names, config.competition, folder, info)
-    return test, kept, Fingerprints(test.sample_ids, looks.phash[first], looks.tiny[first])
 
 
 def _summary(made: Prepared) -> dict[str, Any]:

@@ -5,23 +5,23 @@ Every name in a user's file is checked here: it must lead to a file inside the f
 
 import csv
 import io
-import os
 import re
-import unicodedata
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from octofold.data.images import SUFFIXES, find_images
+from octofold.data.folders import SUFFIXES, find_images, refuse_links
 from octofold.errors import UserError, preview
 from octofold.files import existing, read_json
+from octofold.prepare.places import locate
 
 WHOLE = re.compile(r"[+-]?\d+(\.0+)?")
-RESERVED = {"sample_id", "path", "fold", "file", "name", "names", "width", "height", "group", "label"} | {
+PADDED = re.compile(r"0[0-9]+")  # 001: a number to us, but a submission has to write it so
+RESERVED = {"sample_id", "path", "fold", "file", "name", "names", "width", "height", "group", "label", "row"} | {
     "sha256", "mode", "odd", "brightness", "contrast", "sharpness", "problem"}  # fmt: skip
 POINT = re.compile(r"(.+)_([xyXY])")
 
@@ -35,7 +35,9 @@ class Source:
             NaN = occluded), then the user's other columns as text.
         images: folder, absolute.
         names: class names in their stored order, or point names.
-        info: ``label_type`` (int or str), ``point_suffixes`` as the user writes them, and what else is worth keeping.
+        info: ``label_type`` (int or str), ``spelling`` (how they write labels with leading zeros: ``{"1": "001"}``),
+            ``point_suffixes`` as the user writes them, ``renamed`` (columns of theirs that would hide ours, and their
+            new names), and what else is worth keeping.
     """
 
     table: pd.DataFrame
@@ -131,37 +133,73 @@ def from_csv(path: Path, images: Path, image_column: str, label_column: str, tas
     files = locate(names_given, images, path)
     if label_column == image_column and task == "classify":
         raise UserError(path, expected="two columns, image and label", got=f"'{label_column}' for both")
-    rest = _make_room(table.drop(columns=[image_column]), label_column if task == "classify" else "")
+    rest, renamed = _make_room(table.drop(columns=[image_column]), label_column if task == "classify" else "")
     rest = rest.assign(file=files, name=names_given.str.strip())
+    more = {"renamed": renamed} if renamed else {}
     if task == "keypoints":
-        return _points(rest, images, path)
+        source = _points(rest, images, path)
+        return replace(source, info={**source.info, **more})
     labels = column(table, label_column, path, "label_column").str.strip()
     empty = np.flatnonzero(labels == "")
     if len(empty):
         raise UserError(
             path, expected=f"a label in every row of '{label_column}'", got=f"none in line {preview(empty + 2)}"
         )
-    labels, names, kind = _classes(labels)
-    return Source(rest.drop(columns=[label_column]).assign(label=labels), images, names, {"label_type": kind})
+    labels, names, known = _classes(labels, path)
+    return Source(rest.drop(columns=[label_column]).assign(label=labels), images, names, {**known, **more})
 
 
-def _make_room(table: pd.DataFrame, label_column: str) -> pd.DataFrame:
-    """Rename the user's own columns where ours would overwrite them: ``fold`` becomes ``user_fold``."""
+def _make_room(table: pd.DataFrame, label_column: str) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Rename the user's own columns where ours would overwrite them: ``fold`` becomes ``user_fold``; say which."""
     renamed: dict[str, str] = {}
-    for name in RESERVED & set(table.columns) - {label_column}:
+    for name in sorted(RESERVED & set(table.columns) - {label_column}):
         new = f"user_{name}"
         while new in table or new in renamed.values():
             new = f"user_{new}"
         renamed[name] = new
-    return table.rename(columns=renamed)
+    return table.rename(columns=renamed), renamed
 
 
-def _classes(labels: "pd.Series[str]") -> tuple["pd.Series[str]", tuple[str, ...], str]:
-    """Labels as text, class names in order, and their type: numbers sort as numbers (9 before 10), names as names."""
-    if labels.map(lambda text: WHOLE.fullmatch(text) is not None).all():
-        labels = as_labels(labels, "int")
-        return labels, tuple(sorted(set(labels), key=int)), "int"
-    return labels, tuple(sorted(set(labels))), "str"
+def groups(source: Source, name: str, label_column: str, path: object) -> "pd.Series[str]":
+    """The user's own column that says which samples belong together (``--group``); never one that we have made.
+
+    Raises:
+        UserError: the user has no such column.
+    """
+    theirs = source.info.get("renamed", {}).get(name, name)
+    ours = ["file", "name"] if label_column == "label" else ["file", "name", "label"]
+    return column(source.table.drop(columns=ours, errors="ignore"), theirs, path, "group").str.strip()
+
+
+def _classes(labels: "pd.Series[str]", path: object) -> tuple["pd.Series[str]", tuple[str, ...], dict[str, Any]]:
+    """Labels as text, class names in order, their type and spelling: numbers sort as numbers (9 before 10).
+
+    Raises:
+        UserError: ``1`` and ``01`` side by side: nobody says whether they are one class.
+    """
+    if not labels.map(lambda text: WHOLE.fullmatch(text) is not None).all():
+        return labels, tuple(sorted(set(labels))), {"label_type": "str"}
+    bare = as_labels(labels, "int")
+    digits = labels[labels.str.fullmatch("[0-9]+")].drop_duplicates()
+    twice = sorted(digits[as_labels(digits, "int").duplicated(keep=False)])
+    if twice:
+        fix = "write each class one way (or, if they are different classes, by names that are no numbers)"
+        raise UserError(path, expected="one spelling of each label", got=preview(twice), fix=fix)
+    spelling = _padded(labels)
+    return bare, tuple(sorted(set(bare), key=int)), {"label_type": "int"} | ({"spelling": spelling} if spelling else {})
+
+
+def _padded(labels: Iterable[str]) -> dict[str, str]:
+    """``{"1": "001"}`` for the labels that are written with leading zeros."""
+    return {str(int(text)): text for text in labels if PADDED.fullmatch(text)}
+
+
+def _spelling(shown: Iterable[str], names: Sequence[str], train: Mapping[str, str]) -> dict[str, str]:
+    """How a submission writes each class: as the sample does, where it shows classes at all, else as train does."""
+    texts = pd.Series(list(shown), dtype=str).str.strip().drop_duplicates()
+    seen = texts[as_labels(texts, "int").isin(names)]
+    padded = _padded(seen)
+    return dict(train) | padded if padded or seen.empty else {}
 
 
 def as_labels(values: "pd.Series[str]", kind: str) -> "pd.Series[str]":
@@ -206,9 +244,10 @@ def from_class_folders(images: Path) -> Source:
     """One folder per class under `images`; a class's images may lie deeper.
 
     Raises:
-        UserError: no folders, no images, or images beside the class folders.
+        UserError: no folders, links to some, no images, or images beside the class folders.
     """
     images = existing(images, "the folder of class folders (--images)").resolve()
+    refuse_links(images)
     files = [path.relative_to(images).as_posix() for path in find_images(images)]
     locate(files, images, images)  # links that lead out of the folder are refused here
     loose = [name for name in files if "/" not in name]
@@ -217,8 +256,8 @@ def from_class_folders(images: Path) -> Source:
         raise UserError(
             images, expected="one folder per class, images inside", got=got, fix="or give --labels FILE.csv"
         )
-    labels, names, kind = _classes(pd.Series([name.partition("/")[0] for name in files]))
-    return Source(pd.DataFrame({"file": files, "name": files, "label": labels}), images, names, {"label_type": kind})
+    labels, names, known = _classes(pd.Series([name.partition("/")[0] for name in files]), images)
+    return Source(pd.DataFrame({"file": files, "name": files, "label": labels}), images, names, known)
 
 
 def fix_classes(source: Source, path: Path) -> Source:
@@ -232,7 +271,8 @@ def fix_classes(source: Source, path: Path) -> Source:
     value = value.get("classes") if isinstance(value, dict) else value
     if not isinstance(value, list):
         raise UserError(path, expected="a list of class names", got=type(value).__name__)
-    names = tuple(str(name).strip() for name in value if str(name).strip())
+    given = pd.Series([str(name) for name in value if str(name).strip()], dtype=str)
+    names = tuple(as_labels(given, str(source.info["label_type"])))
     if len(set(names)) != len(names):
         raise UserError(path, expected="each class once", got=f"{len(names) - len(set(names))} repeated")
     unknown = sorted(set(source.table["label"]) - set(names))
@@ -241,112 +281,8 @@ def fix_classes(source: Source, path: Path) -> Source:
     return Source(source.table, source.images, names, source.info)
 
 
-def locate(names: Iterable[str], folder: Path, where: object) -> list[str]:
-    """Find each named image inside `folder`.
-
-    A name may lack its suffix, be written with backslashes or in another Unicode form, or be absolute if it still
-    lies inside; one that leaves the folder (``../``, absolute, through a link) is refused.
-
-    Returns:
-        posix paths relative to `folder`, in the order of `names`.
-
-    Raises:
-        UserError: names that are empty, lead out of the folder, have no file, or no suffix and several files; each
-            kind is listed.
-    """
-    root = folder.resolve()
-    present = _listing(root)
-    known: dict[str, str] = {}
-    twofold: dict[str, list[str]] = {}
-    found, missing, outside, doubtful = [], [], [], []
-    for name in names:
-        if name in present:
-            found.append(name)
-            continue
-        if not known:
-            known = {_plain(path): path for path in sorted(present, reverse=True)}
-            stems: dict[str, list[str]] = {}
-            for path in sorted(known):
-                if path.lower().endswith(SUFFIXES):
-                    stems.setdefault(path.rpartition(".")[0], []).append(path)
-            twofold = {stem: paths for stem, paths in stems.items() if len(paths) > 1 and stem not in known}
-            known = {stem: known[paths[0]] for stem, paths in stems.items()} | known
-        if (inside := _inside(name, root)) is None:
-            outside.append(name)
-        elif inside in twofold:  # photo.jpg beside its mask photo.png: nobody says which
-            doubtful.append(f"{name}: {preview(twofold[inside])}")
-        elif inside in known:
-            found.append(known[inside])
-        else:
-            missing.append(name)
-    if outside:
-        raise UserError(
-            where,
-            expected=f"image names inside {root}",
-            got=f"{len(outside)} that lead out of it: {preview(map(repr, outside))}",
-            fix="copy the files into the folder, or give --images the folder that holds them all",
-        )
-    if doubtful:
-        raise UserError(
-            where,
-            expected="one image for every name without a suffix",
-            got=f"{len(doubtful)} with several: {preview(doubtful)}",
-            fix="write the suffixes too, or keep the other files in another folder",
-        )
-    if missing:
-        raise UserError(
-            where,
-            expected=f"a file in {root} for every image name",
-            got=f"{len(missing)} without one: {preview(map(repr, missing))}",
-            fix="check the folder, or remove the rows",
-        )
-    return found
-
-
-def _plain(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
-
-
-def _listing(root: Path) -> set[str]:
-    """Relative posix paths of the files under `root`, without links that lead out of it."""
-    found, seen = set(), set()
-    for place, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen or not Path(real).is_relative_to(root):
-            folders.clear()  # a link that leads out, or round in a circle
-            continue
-        seen.add(real)
-        prefix = "" if place == str(root) else Path(place).relative_to(root).as_posix() + "/"
-        for name in files:
-            full = f"{place}/{name}"
-            if not os.path.islink(full) or Path(os.path.realpath(full)).is_relative_to(root):
-                found.add(prefix + name)
-    return found
-
-
-def _inside(name: str, root: Path) -> str | None:
-    """The name made plain and relative to `root`, or None where it leads out."""
-    text = name.strip().replace("\\", "/")
-    if "\0" in text or re.match(r"[A-Za-z]:/", text):
-        return None
-    if text.startswith("/"):
-        path = Path(os.path.normpath(text))
-        path = path if path.is_relative_to(root) else Path(os.path.realpath(path))
-        return _plain(path.relative_to(root).as_posix()) if path.is_relative_to(root) else None
-    text = os.path.normpath(text) if text else ""
-    if PurePosixPath(text).parts[:1] == ("..",) or (
-        len(text) < 4000 and os.path.lexists(root / text) and _leads_out(root / text, root)
-    ):
-        return None
-    return _plain(text)
-
-
-def _leads_out(path: Path, root: Path) -> bool:
-    return not Path(os.path.realpath(path)).is_relative_to(root)
-
-
 def from_test(
-    images: Path, sample: Path | None, image_column: str, label_column: str, names: Sequence[str], task: str
+    images: Path, sample: Path | None, image_column: str, label_column: str, source: Source, task: str
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Read the test set: the sample submission's rows if there is one, else every image in the folder.
 
@@ -358,6 +294,7 @@ def from_test(
     """
     images = existing(images, "the folder of test images (--test_images)").resolve()
     if sample is None:
+        refuse_links(images)
         files = [path.relative_to(images).as_posix() for path in find_images(images)]
         if not files:
             raise UserError(images, expected="test images", got="none")
@@ -373,12 +310,15 @@ def from_test(
     if not others:
         raise UserError(sample, expected="an id column and what to predict", got=f"only '{id_column}'")
     label = label_column if label_column in others else others[0]
-    wide = task == "classify" and len(others) > 1 and set(others) >= set(names)
+    kind, train = str(source.info.get("label_type", "")), source.info.get("spelling", {})
+    wide = task == "classify" and len(others) > 1 and set(as_labels(pd.Series(others), kind)) >= set(source.names)
+    spelling = _spelling(others if wide else table[label], source.names, train) if kind == "int" else {}
     info = {
         "image_column": id_column,
         "label_column": label,
         "columns": list(table.columns),
         "style": "points" if task == "keypoints" else "probabilities" if wide else "labels",
         "id_style": "name" if ids.str.lower().str.endswith(SUFFIXES).all() else "stem",
+        **({"spelling": spelling} if spelling or train else {}),
     }
     return pd.DataFrame({"file": locate(ids, images, sample), "name": ids}), info

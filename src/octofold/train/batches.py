@@ -178,7 +178,8 @@ class Batches:
             workers: threads that prepare steps ahead; 0 = prepare each when it is asked for.
             rank: of this process.
             world: number of processes.
-            weigh: what rows count in the mean of the loss: their number, or the sum of their class weights.
+            weigh: what rows count in the mean of the loss: their number, the sum of their class weights, or how many
+                of their points are visible (perhaps none).
             mix: mixup and cutmix, within blocks; None = off.
             classes: number of classes; needed to mix targets.
         """
@@ -196,7 +197,7 @@ class Batches:
             if blocks:
                 mine = np.concatenate([block for _, block in blocks])
                 inputs, target = self._inputs(blocks, [self.order.seed, phase, epoch, step, number])
-                made.append(MicroBatch(inputs, target, mine, float(self.weigh(mine)) / whole))
+                made.append(MicroBatch(inputs, target, mine, float(self.weigh(mine)) / (whole or 1.0)))
         return made
 
     def _inputs(self, blocks: list[tuple[int, Ints]], seed: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

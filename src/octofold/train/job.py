@@ -386,7 +386,10 @@ def _features(job: Job, preset: str = "none", replicas: int = 0) -> Floats:
 
 
 def _weigh(job: Job) -> Callable[[Ints], float]:
-    """What rows count in the mean that the loss takes: for int targets torch divides by the sum of class weights."""
+    """What rows count in the mean that the loss takes: visible points; of int targets, the sum of class weights."""
+    if job.target.ndim > 1:
+        seen = np.isfinite(job.target).all(axis=-1).sum(axis=1)
+        return lambda rows: float(seen[rows].sum())
     if job.class_weight is None or job.mixes or job.recipe.loss.name == "bce":
         return len
     weight = job.class_weight.cpu().numpy()

@@ -18,7 +18,7 @@ def validate(job: Job, features: npt.NDArray[np.float32] | None) -> dict[str, fl
     job.net.eval()
     rows = job.devices.share(job.valid_rows)  # type: ignore[arg-type]
     plain = job.recipe.loss.model_copy(update={"label_smoothing": 0.0})
-    parts, loss = [], 0.0
+    parts, loss, weight = [], 0.0, 0.0
     with torch.inference_mode(), job.autocast():
         for some in chunks(np.asarray(rows), VALID_BATCH):
             if features is not None:
@@ -28,9 +28,11 @@ def validate(job: Job, features: npt.NDArray[np.float32] | None) -> dict[str, fl
                 images = job.laid_out(images.to(job.devices.device).permute(0, 3, 1, 2))
                 logits = job.net(images)  # never compiled: the last batch has a shape of its own
             wanted = torch.from_numpy(job.unit_target[some]).to(job.devices.device)
-            loss += float(job.task.loss(logits.float(), wanted, plain)) * len(some)
+            share = float(torch.isfinite(wanted).all(dim=-1).sum()) if wanted.ndim == 3 else float(len(some))
+            loss += float(job.task.loss(logits.float(), wanted, plain)) * share  # the mean is over visible points
+            weight += share
             parts.append(job.task.activate(logits).float().cpu().numpy())
-    gathered = job.devices.gather((np.asarray(rows), np.concatenate(parts) if parts else None, loss))
+    gathered = job.devices.gather((np.asarray(rows), np.concatenate(parts) if parts else None, loss, weight))
     order = np.concatenate([part[0] for part in gathered])
     values = np.concatenate([part[1] for part in gathered if part[1] is not None])[np.argsort(order)]
     if not np.isfinite(values).all():
@@ -38,7 +40,7 @@ def validate(job: Job, features: npt.NDArray[np.float32] | None) -> dict[str, fl
     order = np.sort(order)
     if values.ndim == 3:
         values = np.stack([job.cache.frames[row].to_pixels(v) for row, v in zip(order, values, strict=True)])
-    metrics = {"valid/loss": sum(part[2] for part in gathered) / len(order)}
+    metrics = {"valid/loss": sum(part[2] for part in gathered) / (sum(part[3] for part in gathered) or 1.0)}
     for name in dict.fromkeys([job.metric, job.task.default_metric]):
         metrics[f"valid/{name}"] = job.task.score(values, job.target[order], name)
     return metrics
