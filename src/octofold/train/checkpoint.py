@@ -19,8 +19,8 @@ from octofold.recipe import Recipe
 from octofold.train.distill import find_teacher
 
 CODE = (
-    "augment", "batches", "checkpoint", "decoding", "distill", "features", "harden", "images", "job", "metrics",
-    "models", "networks", "optim", "outcome", "recipe", "tasks", "training", "validation", "weights",
+    "augment", "batches", "checkpoint", "decoding", "distill", "features", "harden", "images", "job", "machine",
+    "metrics", "models", "networks", "optim", "outcome", "recipe", "tasks", "training", "validation", "weights",
 )  # fmt: skip
 """Modules whose text decides what comes out of a training: `recipe` for the defaults, which `settings_of` leaves out,
 `metrics` as it chooses the epoch."""
