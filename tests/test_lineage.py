@@ -155,6 +155,16 @@ def test_re_encoded_images_keep_fold_and_decision(photos: Path) -> None:
     assert set(said["file"]) == {"a/0.jpg", "a/4.jpg", "b/7.jpg"}
     assert second.changes is not None
     assert set(second.changes["change"]) == {"re-encoded", "relabelled", "gone"}
+    third, _ = run(photos, decisions=journal)  # the manifest before knows the new bytes only
+    assert third.manifest.hash == second.manifest.hash
+    assert "re-encoded" not in set(third.problems["kind"])
+    with Image.open(photos / "p" / "a" / "0.jpg") as image:
+        image.convert("RGB").save(photos / "p" / "a" / "0.webp", quality=95)
+    (photos / "p" / "a" / "0.jpg").unlink()
+    table = run(photos, decisions=journal)[0].manifest.table.set_index("path")
+    assert table.loc["a/0.webp", "label"] == "b"
+    assert table.loc["a/0.webp", "fold"] == before.loc["a/0.png", "fold"]
+    assert "a/4.jpg" not in table.index
 
 
 def test_a_dropped_image_stays_dropped_when_the_one_it_looks_like_is_removed(photos: Path) -> None:

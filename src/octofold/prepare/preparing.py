@@ -61,10 +61,11 @@ class Prepared:
 
 @dataclass
 class _Before:
-    """The manifest before, and which of its images have been re-encoded since."""
+    """The manifest before, which of its images have been re-encoded since, and all that ever were: old id to new."""
 
     manifest: Manifest | None
     folder: Path
+    fresh: dict[str, str] = field(default_factory=dict)
     same: dict[str, str] = field(default_factory=dict)
 
 
@@ -88,8 +89,10 @@ def prepare(config: Prepare) -> Prepared:
     table, prints = _samples(config, source, found)
     if old is not None:
         judged = journal.read(config.decisions).decisions() if config.decisions else {}
-        before.same = lineage.re_encoded(old, prints, before.folder, judged)
-        for row in table[table["sample_id"].isin(before.same.values())].itertuples():
+        before.fresh = lineage.re_encoded(old, prints, before.folder, judged)
+        before.same = {name: before.fresh.get(now, now) for name, now in old.info.get("re_encoded", {}).items()}
+        before.same |= before.fresh
+        for row in table[table["sample_id"].isin(before.fresh.values())].itertuples():
             found.add("train", row, "re-encoded", "looks like an image of the manifest before", "keeps its fold")
     table, decided = _replay(config, source, table, before)
     prints = _select(prints, table["sample_id"])
@@ -120,7 +123,8 @@ def prepare(config: Prepare) -> Prepared:
     made = Prepared(manifest, test, found.table(), table.rename(columns={"file": "path"}), test_looks, prints, pairs,
                     twins[(twins < len(table)).all(axis=1)], chosen[0] if chosen else None, decided)  # fmt: skip
     if old is not None:
-        made.changes = lineage.differences(old, manifest, before.same)
+        made.changes = lineage.differences(old, manifest, before.fresh)
+        info |= {"re_encoded": before.same} if before.same else {}
         info["previous"] = old.info.get("previous", "") if old.hash == manifest.hash else old.hash[:12]
     made.summary = _summary(made)
     return made
