@@ -24,8 +24,9 @@ class Ledger:
 
     Attributes:
         rows: one per test sample: ``sample_id``, ``names`` (JSON), and for classes ``label, top1..3, p1..3,
-            vote.<member>, p.<member>``, for points ``spread_px``; then ``disagreement``, ``views_spread``,
-            ``nearest`` (JSON of training ``[path, similarity]``).
+            vote.<member>, p.<member>``, for points ``off_px.<member>`` (mean distance of its points from the
+            blend's); then ``disagreement`` (share of the voters' fold models that put another class first, or their
+            mean distance in px), ``views_spread``, ``nearest`` (JSON of training ``[path, similarity]``).
         about: run id, competition, models (name, version, run, sha256), weights, method, views, manifest hash, git
             commit, estimate.
     """
