@@ -11,6 +11,7 @@ import pytest
 
 from labelled import CLASSES, make_manifest, make_oof
 from octofold import predictions
+from octofold.blend import lineup
 from octofold.commands import Report
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError
@@ -29,7 +30,9 @@ SCORES = {
 }
 
 
-def train(table: Manifest, oof: Predictions, folder: Path, member: str, **settings: object) -> None:
+def train(
+    table: Manifest, oof: Predictions, folder: Path, member: str, promoted: bool = True, **settings: object
+) -> None:
     """Leave in MLflow what training a member leaves, without training."""
     tags = {"member": member, "manifest_hash": table.hash}
     with tracking.run("train", None, "world", member, tags) as parent:
@@ -40,12 +43,13 @@ def train(table: Manifest, oof: Predictions, folder: Path, member: str, **settin
                 oof.take(table.sample_ids[table.fold == fold]).save(mine / "oof" / "none.parquet")
                 run.log_artifacts(mine / "oof", "oof")
                 weights = mine / "model" / "model.safetensors"
-                write_text(weights, f"{member} {fold}")
+                write_text(weights, f"{member} {fold} {run.id}")
                 card = {"recipe": {}, "task": "classify", "classes": list(CLASSES), "competition": "world"}
                 card |= {"member": member, "fold": fold, "seed": 0, "manifest_hash": table.hash}
                 write_json(mine / "model" / "model.json", card | {"model_sha": sha256_file(weights)})
                 slot = registry.register_slot(run, mine / "model")
-                versions.set_alias(slot.name, "production", slot.version)
+                if promoted:
+                    versions.set_alias(slot.name, "production", slot.version)
 
 
 def test_two_finals_are_chosen_once_the_public_board_has_spoken(
@@ -73,6 +77,9 @@ def blend(table: Manifest, oof: Predictions, folder: Path, numbers: dict[str, fl
         oof.save(folder / "none.parquet")
         run.log_artifact(folder / "none.parquet", "oof")
         run.log_dict({"method": "equal", "members": ["one", "two"], "weights": [0.5, 0.5]}, "blend_weights.json")
+        found = registry.resolve("world", "production")
+        slots = {"one": found.get("one", []), "two": found.get("two", [])}
+        run.log_dict(lineup.Lineup(slots, np.zeros(0), [], table, "none").pins, "models.json")
         run.log_text("The folds flatter: expect <less>.\nA second line.\n", "report.txt")
 
 
@@ -173,6 +180,33 @@ def test_what_cannot_be_compared_is_listed_with_the_reason(
     assert steps[0].what == "Blend the members in production"
 
 
+@pytest.mark.slow
+def test_what_was_trained_since_is_not_shown_as_what_stands_in_production(
+    world: tuple[Manifest, dict[str, Predictions]], tmp_path: Path
+) -> None:
+    table, oof = world
+    for name, own in oof.items():
+        train(table, own, tmp_path, name, **{"optim.lr": 0.1, "batch_size": 8 if name == "one" else 4})
+    blend(table, predictions.average(list(oof.values())), tmp_path, {})
+    with tracking.run("train", None, "world", "one", {"member": "one"}) as run:  # no slot came of it
+        run.log_params({"cfg.optim.lr": 9, "cfg.batch_size": 8})
+    worse = make_oof(table, np.roll(table.target, 1), 3)
+    train(table, worse, tmp_path, "one", promoted=False, **{"optim.lr": 0.3, "batch_size": 8})
+    members = chronicle.members("world", table, "none")
+    assert members[0].oof is not None
+    np.testing.assert_allclose(members[0].oof.values, oof["one"].values, atol=1e-6)
+    assert chronicle.experiments(members) == [("one", "two", "batch_size 8 for 4")]
+    for slot in registry.newest("world")["one"]:
+        versions.set_alias(slot.name, "production", slot.version)
+    facts = report.collect(config(table, tmp_path))
+    assert facts.known[0].oof is not None
+    np.testing.assert_allclose(facts.known[0].oof.values, worse.values, atol=1e-6)
+    np.testing.assert_allclose(facts.within["one"], oof["one"].values, atol=1e-6)
+    facts.within = {}
+    shown = page.analyse(facts)["gains"]["rows"]
+    assert not [over for name, over, _ in shown if name == "blend"], "without the versions there is nothing to compare"
+
+
 @pytest.mark.parametrize(
     "values",
     [[0.0], [0.913, 0.9131], [-3.0, 250.0], [0.1, 0.7, 0.4], [float("nan"), 0.5], [], [1e-6, 2e-6], [5.0, 5.0]],
@@ -229,7 +263,10 @@ def test_ablations_are_among_the_voters(tmp_path: Path, method: str, compared: b
     accuracy = METRICS["accuracy"]
     weights = {"one": 0.6, "two": 0.4, "pair": 0.0}
     mean = np.mean([member.oof.values for member in members[:2] if member.oof is not None], axis=0)
-    facts = page.Facts("world", manifest, "accuracy", accuracy, members, [main], [], [], [], main, mean, weights, "")
+    within = {member.name: member.oof.values for member in members[:2] if member.oof is not None}
+    facts = page.Facts(
+        "world", manifest, "accuracy", accuracy, members, [main], [], [], [], main, mean, weights, "", within
+    )
     gains = {over: found for _, over, found in page.analyse(facts)["gains"]["rows"]}
     assert gains["over the plain mean"].value == 0, "the expert is no part of it"
     assert ("over the blend without one" in gains) is compared
@@ -244,6 +281,7 @@ def test_experiments_are_pairs_that_differ_in_few_fields() -> None:
     two = member("b", **{"optim.lr": "0.1", "member": "b", "phases": "[{'epochs': 9, 'lr': None, 'replicas': 0}]"})
     far = member("c", **{"optim.lr": "9", "batch_size": "1", "phases": "[{'epochs': 1, 'lr': 3, 'x': 2}, {}]"})
     assert chronicle.experiments([one, two, far]) == [("a", "b", "phases.0.epochs 6 for 9")]
+    assert chronicle.experiments([one, member("imported")]) == []
 
 
 def test_one_failed_blend_does_not_squeeze_the_others() -> None:

@@ -58,6 +58,8 @@ class Facts:
     blend_oof: Array | None
     weights: dict[str, float]
     text: str
+    within: dict[str, Array] = field(default_factory=dict)
+    """OOF of the versions that `main` blended, pair experts aside; empty where it cannot be had."""
 
     @property
     def known(self) -> list[Member]:
@@ -92,7 +94,7 @@ def analyse(facts: Facts, seed: int = 0) -> dict[str, Any]:
         "hidden": max(0, len(lines) - MOST),
         "page_scale": _span(lines[:MOST]),
         "progress": progress(facts, table),
-        "gains": ablations(facts, table, values),
+        "gains": ablations(facts, table),
         "weights": sorted(facts.weights.items(), key=lambda item: -item[1]),
         "correlation": correlation(facts, values[-len(facts.known) :] if facts.known else []),
         "boards": on_boards(facts),
@@ -227,23 +229,21 @@ def _running_best(points: Sequence[tuple[float, float]], higher_is_better: bool)
     return [*best, (98.0, best[-1][1])] if best else []
 
 
-def ablations(facts: Facts, table: dict[str, tuple[float, Array]], values: Sequence[Array]) -> dict[str, Any]:
+def ablations(facts: Facts, table: dict[str, tuple[float, Array]]) -> dict[str, Any]:
     """Paired comparisons: the blend against simpler choices and without each member, and recipes against each other."""
     rows: list[tuple[str, str, Gain]] = []
-    by_name = dict(zip(table, values, strict=True))
     target, groups, metric = facts.manifest.target, facts.manifest.groups, facts.metric
-    experts = {member.name for member in facts.members if member.is_expert}
-    within = [name for name in facts.weights if name in by_name and name not in experts]
-    if "blend" in by_name and facts.main is not None and len(within) > 1:
+    if facts.blend_oof is not None and facts.main is not None and len(facts.within) > 1:
         fold = facts.manifest.fold
-        stacked = np.stack([by_name[name] for name in within])
+        stacked = np.stack(list(facts.within.values()))
         rivals: dict[str, Array] = {"the plain mean": stacked.mean(axis=0)}
         rivals["the best single member"] = estimate.best_single(stacked, target, fold, metric)
         method = "auto" if facts.main.method.startswith("auto: ") else facts.main.method
-        for place, name in enumerate(within[:12] if method in METHODS else []):  # weights by hand are of all of them
+        some = list(facts.within)[:12] if method in METHODS else []  # weights by hand are of all of them
+        for place, name in enumerate(some):
             rest = np.delete(stacked, place, axis=0)
             rivals[f"without {name}"] = estimate.cross_fit(method, rest, target, fold, metric).values
-        everyone = [by_name["blend"], *rivals.values()]
+        everyone = [facts.blend_oof, *rivals.values()]
         draws = estimate.bootstrap(everyone, target, groups, metric, REPS)
         scores = [metric.score(each, target) for each in everyone]
         for place, name in enumerate(rivals, start=1):

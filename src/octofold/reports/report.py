@@ -70,12 +70,14 @@ def collect(config: Report) -> Facts:
     name = _metric(config, main, table.task)
     views = chronicle.common_views(config.competition, main.views if main else "")
     oof = chronicle.blend_oof(main, table) if main else None
+    members = chronicle.members(config.competition, table, views)
+    within = chronicle.blended_members(main, table, members) if main else {}
     return Facts(
         competition=config.competition,
         manifest=table,
         metric_name=name,
         metric=METRICS[name],
-        members=chronicle.members(config.competition, table, views),
+        members=members,
         blends=blends,
         tuned=chronicle.studies(config.competition),
         probed=chronicle.probes(config.competition),
@@ -84,4 +86,5 @@ def collect(config: Report) -> Facts:
         blend_oof=oof.values if oof is not None else None,
         weights=chronicle.blend_weights(main) if main else {},
         text=chronicle.blend_text(main, "report.txt") if main else "",
+        within={name: own.values for name, own in within.items()},
     )
