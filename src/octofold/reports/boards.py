@@ -4,13 +4,37 @@ import math
 from pathlib import Path
 from typing import Any
 
+from octofold import commands
 from octofold.blend import ledger
-from octofold.errors import UserError
-from octofold.metrics import METRICS
+from octofold.data import manifest
+from octofold.errors import UserError, preview
+from octofold.files import ROOT
+from octofold.metrics import METRICS, adopt
 from octofold.reports.scores import Score, read_history
 from octofold.track import tracking
 
 PUBLIC, PRIVATE = "score/public", "score/private"
+
+
+def asked_for(config: commands.Score) -> str:
+    """Return the competition that is meant.
+
+    Raises:
+        UserError: none is named, another than the ledger's is, or a score comes without the submission it is of.
+    """
+    if config.submission is None:
+        given = {"--public": config.public, "--private": config.private, "--notes": config.notes or None}
+        loose = [flag for flag, value in given.items() if value is not None]
+        if loose:
+            raise UserError(preview(loose), expected="--submission, the file they are about", got="none")
+        if not config.competition:
+            raise UserError("score", expected="--submission, or --competition", got="neither")
+        return config.competition
+    told = str(ledger.load(config.submission).about["competition"])
+    if config.competition not in ("", told):
+        said = f"'{told}', as the ledger beside {config.submission.name} says"
+        raise UserError("--competition", expected=said, got=f"'{config.competition}'", fix="leave it out")
+    return told
 
 
 def record(submission: Path | str, public: float | None, private: float | None, notes: str = "") -> Score:
@@ -71,12 +95,30 @@ def recorded(competition: str) -> list[Score]:
     return [_score(info) for info in reversed(spoken)]
 
 
-def direction(competition: str) -> float:
-    """1 where higher is better in the metric of the newest blend, -1 where lower is; 1 where nothing was blended."""
+def direction(competition: str, metric: str = "") -> float:
+    """1 where higher is better, -1 where lower is, 0 where nobody can say.
+
+    Args:
+        competition: name of the problem.
+        metric: of the board; empty = the newest blend's. With neither, points have nothing but losses.
+
+    Raises:
+        UserError: no such metric.
+    """
+    if metric:
+        task = _task(competition) or (METRICS[metric].task if metric in METRICS else "classify")
+        return float(METRICS[adopt(metric, task)].sign)
     runs = tracking.find_runs(competition, {"entry": "blend"}, ("FINISHED",))
-    tags = runs[0].tags if runs else {}
+    if not runs:
+        return -1.0 if _task(competition) == "keypoints" else 0.0
+    tags = runs[0].tags
     row = METRICS.get(tags.get("metric", ""))
     return float(row.sign if row is not None else tags.get("metric.sign", 1))  # without a row: somebody's own function
+
+
+def _task(competition: str) -> str:
+    file = ROOT / "data" / competition / "manifest.csv"
+    return manifest.read(file).task if file.exists() else ""
 
 
 def _score(info: Any) -> Score:
