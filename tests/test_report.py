@@ -4,6 +4,7 @@ import re
 from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -241,6 +242,38 @@ def test_points_have_a_page_too(tmp_path: Path) -> None:
     text = report.render(shown | {"advice": advice.next_steps(shown, facts)})
     assert "lower is better" in Reader(text).text
     assert not re.search(r"\b(nan|inf|None)\b", Reader(text).text)
+
+
+def of_classes(
+    folder: Path, target: np.ndarray, classes: tuple[str, ...] = ("a", "b", "c"), group: str = ""
+) -> Manifest:
+    """A manifest of rows without pictures, three folds."""
+    table = pd.DataFrame({"sample_id": [f"s{row}" for row in range(len(target))], "path": "x", "group": group})
+    table = table.assign(label=np.array(classes)[target], fold=np.arange(len(target)) % 3)
+    return Manifest(table, "classify", classes, "world", folder, file=folder / "m.csv")
+
+
+def a_member(manifest: Manifest, name: str, values: np.ndarray, **settings: str) -> chronicle.Member:
+    own = Predictions(manifest.sample_ids, values, manifest.classes, manifest.hash, name, "s", "none", manifest.fold)
+    return chronicle.Member(name, [], "production", own, settings=settings)
+
+
+def read(facts: page.Facts) -> tuple[dict[str, Any], str]:
+    """The page's numbers, and its text."""
+    shown = page.analyse(facts)
+    return shown, " ".join(Reader(report.render(shown | {"advice": advice.next_steps(shown, facts)})).text.split())
+
+
+@pytest.mark.parametrize(("group", "played"), [("", True), ("all", False)])
+def test_a_board_that_cannot_be_played_has_no_section(tmp_path: Path, group: str, played: bool) -> None:
+    """AUC has no score where the rare class is on one side; one group is on one side as a whole."""
+    manifest = of_classes(tmp_path, (np.arange(60) < 1).astype(int), ("n", "y"), group)
+    members = [a_member(manifest, name, np.random.default_rng(0).dirichlet(np.ones(2), 60)) for name in "ab"]
+    facts = page.Facts("world", manifest, "auc", METRICS["auc"], members, [], [], [], [], None, None, {}, "")
+    _, text = read(facts)
+    assert "Risk: how sure is sure?" in text
+    assert ("Risk: the public board" in text) is played
+    assert "nan" not in text
 
 
 @pytest.mark.parametrize(

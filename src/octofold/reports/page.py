@@ -280,37 +280,36 @@ def correlation(facts: Facts, values: Sequence[Array]) -> dict[str, Any] | None:
 
 
 def risk(facts: Facts, names: Sequence[str], values: Sequence[Array], seed: int) -> dict[str, Any]:
-    """Accuracy against the share of rows kept, surest first; and public minus private by chance."""
+    """Accuracy against the share of rows kept, surest first; and public minus private by chance, if it has a score."""
     target, probs = facts.manifest.target, values[0]
     right = (probs.argmax(axis=1) == target)[np.argsort(-probs.max(axis=1), kind="stable")]
     kept = np.unique(np.linspace(max(1, len(right) // 50), len(right), 60).astype(int))
     curve = [(100 * count / len(right), float(right[:count].mean())) for count in kept]
+    found = {
+        "curve": curve,
+        "axis": axes.fit([accuracy for _, accuracy in curve], include=[1.0]),
+        "unsure": float((probs.max(axis=1) < 0.5).mean()),
+    }
+    return found | _public_board(facts, names[:4], values[:4], seed)
+
+
+def _public_board(facts: Facts, names: Sequence[str], values: Sequence[Array], seed: int) -> dict[str, Any]:
     share = float(facts.main.settings.get("public_share", 0.3)) if facts.main else 0.3
-    some = slice(0, 4)
-    truth = np.eye(probs.shape[1], dtype=np.float32)[target]
+    truth = np.eye(len(facts.manifest.classes), dtype=np.float32)[facts.manifest.target]
     worlds = shakeup.draw(
-        list(values[some]),
-        list(names[some]),
-        truth,
-        facts.metric,
-        share,
-        facts.manifest.groups,
-        resample=True,
-        reps=400,
-        seed=seed,
+        values, names, truth, facts.metric, share, facts.manifest.groups, resample=True, reps=400, seed=seed
     )
+    if worlds is None:
+        return {"gap": None, "flips": []}
     gap = worlds.public[0] - worlds.private[0]
     counts, edges = np.histogram(gap, bins=24)
     return {
-        "curve": curve,
-        "axis": axes.fit([accuracy for _, accuracy in curve], include=[1.0]),
         "share": share,
         "gap": worlds.gap,
         "bars": list(zip(edges[:-1].tolist(), edges[1:].tolist(), (counts / counts.max()).tolist(), strict=True)),
         "gap_axis": axes.fit(edges.tolist(), include=[0.0]),
         "flips": [(name, worlds.flips(0, place)) for place, name in enumerate(worlds.names) if place],
         "regret": worlds.regret,
-        "unsure": float((probs.max(axis=1) < 0.5).mean()),
     }
 
 
