@@ -1,5 +1,6 @@
 """The report: read back from a real MLflow store, every number defined, and nothing in it can run or phone home."""
 
+import dataclasses
 import re
 from datetime import datetime
 from html.parser import HTMLParser
@@ -19,7 +20,7 @@ from octofold.errors import UserError
 from octofold.files import sha256_file, write_json, write_text
 from octofold.metrics import METRICS
 from octofold.predictions import Predictions
-from octofold.reports import advice, axes, chronicle, page, report
+from octofold.reports import advice, axes, boards, chronicle, page, report
 from octofold.track import registry, tracking, versions
 
 SCORES = {
@@ -274,6 +275,58 @@ def test_a_board_that_cannot_be_played_has_no_section(tmp_path: Path, group: str
     assert "Risk: how sure is sure?" in text
     assert ("Risk: the public board" in text) is played
     assert "nan" not in text
+
+
+def blended_twice(
+    folder: Path, metric: str, numbers: dict[str, float], tags: dict[str, str] | None = None, seed: int = 0
+) -> page.Facts:
+    """Two members and their plain mean, blended under these numbers and tags; the page is in `metric`."""
+    rng = np.random.default_rng(seed)
+    target = rng.integers(3, size=90)
+    manifest = of_classes(folder, target)
+    members = [a_member(manifest, name, 0.5 * np.eye(3)[target] + 0.5 * rng.dirichlet(np.ones(3), 90)) for name in "xy"]
+    within = {member.name: member.oof.values for member in members if member.oof is not None}
+    mean, when = np.mean(list(within.values()), axis=0), datetime.now().astimezone()
+    main = chronicle.Blended("r", when, "equal", "none", manifest.hash, numbers, tags or {}, {})
+    weights = dict.fromkeys(within, 0.5)
+    return page.Facts(
+        "world", manifest, metric, METRICS[metric], members, [main], [], [], [], main, mean, weights, "", within
+    )
+
+
+ACCURATE = {"oof/accuracy": 0.9, "oof/accuracy_low": 0.8, "oof/accuracy_high": 0.95}
+ACCURATE |= {"estimate/accuracy": 0.88, "estimate/low": 0.8, "estimate/high": 0.93}
+
+
+def test_another_metric_than_the_blends_is_scored_anew(tmp_path: Path) -> None:
+    facts = blended_twice(tmp_path, "log_loss", ACCURATE, {"metric": "accuracy"})
+    shown, text = read(facts)
+    assert facts.blend_oof is not None
+    score = METRICS["log_loss"].score(facts.blend_oof, facts.manifest.target)
+    assert shown["headline"]["oof"] == pytest.approx(score)
+    assert f"{score:.3f} cross-fitted log_loss of the newest blend, 95 % interval" in text
+    assert next(line for line in shown["lines"] if line.kind == "blend").score is not None
+    assert "nothing is blended yet" not in text
+    assert "nan" not in text
+
+    losses = {"oof/log_loss": 0.5, "estimate/log_loss": 0.55, "estimate/accuracy": 0.88, "estimate/low": 0.5}
+    facts = blended_twice(tmp_path, "accuracy", losses | {"estimate/high": 0.6}, {"metric": "log_loss"})
+    _, text = read(facts)
+    assert "0.880 expected on the test images" in text
+    assert "nan" not in text
+    facts.blends.append(dataclasses.replace(facts.blends[0], tags={"metric": "accuracy"}))
+    assert len({page._kind(one) for one in facts.blends}) == 2
+
+
+def test_a_score_of_the_folds_is_not_called_one_of_the_test_images(tmp_path: Path) -> None:
+    shown, text = read(blended_twice(tmp_path, "accuracy", ACCURATE, {"estimate.of": "oof"}))
+    assert "0.900 cross-fitted accuracy of the newest blend, 95 % interval 0.800 to 0.950" in text
+    assert "test images" not in text
+    assert shown["progress"] is None, "one cross-fitted point, no estimate beside it"
+    info = tracking.RunInfo("r", "FINISHED", "blend", {"estimate.of": "oof"}, {}, {**ACCURATE, "score/public": 0.7})
+    assert not np.isfinite([boards._score(info).estimate, boards._score(info).low]).any()
+    info.tags["estimate.of"] = "test"
+    assert boards._score(info).estimate == 0.88
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,8 @@ def blend(config: Blend, run: tracking.Run) -> dict[str, Any]:
     result["report"] = write_text(out / "report.txt", "\n".join(lines) + "\n")
     numbers = _numbers(judged, expected, name)
     _record(run, members, judged, numbers, [path for path in result.values() if isinstance(path, Path)])
-    run.set_tags({"metric": name, "metric.sign": metric.sign} | fingerprint(config.metric))
+    of = "oof" if expected is None else "test"  # what `estimate/…` speaks of
+    run.set_tags({"metric": name, "metric.sign": metric.sign, "estimate.of": of} | fingerprint(config.metric))
     if config.register_model:
         result |= _register(config, run, members, judged, metric, numbers)
     for line in lines:

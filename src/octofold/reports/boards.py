@@ -126,13 +126,14 @@ def _score(info: Any) -> Score:
         return float(info.metrics.get(name, math.nan))
 
     judged_by = [f"estimate/{name}" for name in (info.tags.get("metric", "accuracy"), "accuracy", "mse")]
+    is_forecast = info.tags.get("estimate.of") != "oof"  # else it was never meant for the test images
     return Score(
         submission=info.tags.get("submission_file", info.name),
         public=number(PUBLIC),
         private=number(PRIVATE),
-        estimate=next((number(key) for key in judged_by if key in info.metrics), math.nan),
-        low=number("estimate/low"),
-        high=number("estimate/high"),
+        estimate=next((number(key) for key in judged_by if key in info.metrics and is_forecast), math.nan),
+        low=number("estimate/low") if is_forecast else math.nan,
+        high=number("estimate/high") if is_forecast else math.nan,
         date=info.tags.get("score.date", ""),
         category=info.tags.get("score.category", info.tags.get("method", "")),
         notes=info.tags.get("score.notes", ""),

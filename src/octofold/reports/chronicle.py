@@ -72,6 +72,8 @@ class Blended:
 
     def expected(self, metric: str) -> dict[str, float]:
         """What the blend expected of the test images in a metric; no interval where it was judged by another."""
+        if self.tags.get("estimate.of") == "oof":  # it only said again how it did on the training images
+            return dict.fromkeys(("estimate", "estimate/low", "estimate/high", "folds_flatter"), float("nan"))
         ends = ("estimate/low", "estimate/high") if self.tags.get("metric", metric) == metric else ("", "")
         low, high = (self.number(end) for end in ends)
         return {

@@ -89,6 +89,7 @@ def analyse(facts: Facts, seed: int = 0) -> dict[str, Any]:
         "higher_is_better": facts.metric.higher_is_better,
         "commit": git_tags()["git.commit"][:10],
         "headline": headline(facts, table),
+        "is_blended": facts.main is not None,
         "said": facts.text.splitlines(),
         "lines": lines[:MOST],
         "hidden": max(0, len(lines) - MOST),
@@ -116,14 +117,22 @@ def analyse(facts: Facts, seed: int = 0) -> dict[str, Any]:
 def headline(facts: Facts, table: dict[str, tuple[float, Array]]) -> dict[str, Any]:
     """The numbers of the first screen."""
     main = facts.main
-    name = facts.metric_name
     found: dict[str, Any] = {"members": float(len(facts.members)), "samples": float(len(facts.manifest.table))}
     if main is not None:
-        found |= main.expected(name) | {"oof": main.number(f"oof/{name}")}
+        score = cross_fitted(facts, main, table)
+        found |= main.expected(facts.metric_name) | dict(zip(("oof", "oof/low", "oof/high"), score, strict=True))
     elif table:
-        sign = 1 if facts.metric.higher_is_better else -1
-        found["oof"] = max((score for score, _ in table.values()), key=lambda score: sign * score)
+        found["oof"] = max((score for score, _ in table.values()), key=lambda score: facts.metric.sign * score)
     return found
+
+
+def cross_fitted(facts: Facts, blended: Blended, table: dict[str, tuple[float, Array]]) -> Interval:
+    """A blend's score of the training rows in the page's metric: as it was logged, else from its predictions."""
+    name = facts.metric_name
+    logged = Interval(*(blended.number(f"oof/{name}{end}") for end in ("", "_low", "_high")))
+    if math.isfinite(logged.value) or blended is not facts.main or "blend" not in table:
+        return logged
+    return estimate.interval(*table["blend"])
 
 
 def leaderboard(facts: Facts, table: dict[str, tuple[float, Array]]) -> list[Line]:
@@ -133,14 +142,13 @@ def leaderboard(facts: Facts, table: dict[str, tuple[float, Array]]) -> list[Lin
     alike = Counter(map(_kind, facts.blends))
     newest = {_kind(blended): blended for blended in facts.blends}
     for blended in newest.values():
-        value = blended.number(f"oof/{name}")
-        low, high = blended.number(f"oof/{name}_low"), blended.number(f"oof/{name}_high")
+        mine = cross_fitted(facts, blended, table)
         same = blended.manifest_hash == facts.manifest.hash
         lines.append(
             Line(
                 name=f"blend {blended.method}" + (" (newest)" if blended is facts.main else ""),
                 kind="blend",
-                score=Interval(value, low, high) if same and math.isfinite(value) else None,
+                score=mine if same and math.isfinite(mine.value) else None,
                 slots=f"{sum(key.startswith('member/') for key in blended.numbers)} members, views {blended.views}"
                 + (f", newest of {alike[_kind(blended)]} runs" if alike[_kind(blended)] > 1 else ""),
                 when=blended.when,
@@ -168,9 +176,9 @@ def leaderboard(facts: Facts, table: dict[str, tuple[float, Array]]) -> list[Lin
 
 
 def _kind(blended: Blended) -> tuple[str, ...]:
-    """What tells one blend from another: rule, views, data, and who is in it."""
+    """What tells one blend from another: rule, views, data, what it was judged by, and who is in it."""
     within = sorted(key for key in blended.numbers if key.startswith("member/"))
-    return blended.method, blended.views, blended.manifest_hash, *within
+    return blended.method, blended.views, blended.manifest_hash, blended.tags.get("metric", ""), *within
 
 
 def _span(lines: Sequence[Line]) -> axes.Axis:
@@ -194,8 +202,9 @@ def progress(facts: Facts, table: dict[str, tuple[float, Array]]) -> dict[str, A
         if member.name in table and member.when:
             points["member"].append((member.when, table[member.name][0]))
     for blended in facts.blends:
-        if blended.manifest_hash == facts.manifest.hash and math.isfinite(blended.number(f"oof/{name}")):
-            points["blend"].append((blended.when, blended.number(f"oof/{name}")))
+        score = cross_fitted(facts, blended, table).value
+        if blended.manifest_hash == facts.manifest.hash and math.isfinite(score):
+            points["blend"].append((blended.when, score))
         value, low, high, _ = blended.expected(name).values()
         if math.isfinite(value):
             points["estimate"].append((blended.when, value))
