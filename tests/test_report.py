@@ -14,6 +14,7 @@ import pytest
 from labelled import CLASSES, make_manifest, make_oof
 from octofold import predictions
 from octofold.blend import lineup
+from octofold.blend.estimate import Gain
 from octofold.commands import Report
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError
@@ -327,6 +328,32 @@ def test_a_score_of_the_folds_is_not_called_one_of_the_test_images(tmp_path: Pat
     assert not np.isfinite([boards._score(info).estimate, boards._score(info).low]).any()
     info.tags["estimate.of"] = "test"
     assert boards._score(info).estimate == 0.88
+
+
+@pytest.mark.parametrize(
+    ("method", "low", "high", "words"),
+    [
+        ("lr_mse", -0.3, -0.1, "they are worse"),
+        ("lr_mse", -0.1, 0.1, "not separable"),
+        ("lr_mse", 0.1, 0.3, ""),
+        ("equal", 0.0, 0.0, ""),
+        ("auto: equal", 0.0, 0.0, ""),
+        ("soft_vote", 0.0, 0.0, ""),
+    ],
+)
+def test_the_plain_mean_is_advised_where_it_is_not_beaten_and_not_taken(
+    tmp_path: Path, method: str, low: float, high: float, words: str
+) -> None:
+    facts = blended_twice(tmp_path, "accuracy", ACCURATE)
+    assert facts.main is not None
+    facts.main = dataclasses.replace(facts.main, method=method)
+    shown = page.analyse(facts)
+    shown["gains"]["rows"] = [
+        ("blend", "over the plain mean", Gain("the plain mean", (low + high) / 2, low, high, 0.5))
+    ]
+    said = [step.why for step in advice.next_steps(shown, facts, 20) if step.what == "Take the plain mean"]
+    assert len(said) == bool(words)
+    assert words in "".join(said)
 
 
 @pytest.mark.parametrize(
