@@ -330,6 +330,33 @@ def test_a_score_of_the_folds_is_not_called_one_of_the_test_images(tmp_path: Pat
     assert boards._score(info).estimate == 0.88
 
 
+def test_an_expert_is_listed_but_not_compared_with_those_who_know_all_classes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    target = rng.integers(3, size=90)
+    manifest = of_classes(tmp_path, target)
+    pair = np.array([[0.95, 0.05, 0.0], [0.05, 0.95, 0.0], [0.5, 0.5, 0.0]])[target]
+    members = [a_member(manifest, "a_pair", pair, classes="['a', 'b']")]
+    for name, sure in (("bad", 0.1), ("good", 0.6), ("fair", 0.4)):
+        members.append(a_member(manifest, name, sure * np.eye(3)[target] + (1 - sure) * rng.dirichlet(np.ones(3), 90)))
+    facts = page.Facts("w", manifest, "accuracy", METRICS["accuracy"], members, [], [], [], [], None, None, {}, "")
+    shown, text = read(facts)
+    assert shown["shown"] == "good", "nothing is blended: the best member is shown"
+    assert shown["correlation"]["names"] == ["bad", "good", "fair"]
+    assert not any("a_pair" in (one, over) for one, over, _ in shown["gains"]["rows"])
+    assert [line.name for line in shown["lines"]] == ["good", "fair", "bad", "a_pair"]
+    assert "an expert for 'a', 'b'" in text
+
+
+def test_a_member_may_be_called_blend_and_two_may_never_err(tmp_path: Path) -> None:
+    facts = blended_twice(tmp_path, "accuracy", ACCURATE)
+    perfect = 0.9 * np.eye(3)[facts.manifest.target] + 0.1 / 3
+    facts.members = [a_member(facts.manifest, name, perfect) for name in ("blend", "other")]
+    facts.weights = {"blend": 0.5, "other": 0.5}
+    shown, text = read(facts)
+    assert {line.name for line in shown["lines"]} == {"blend equal (newest)", "blend", "other"}
+    assert "nan" not in text
+
+
 @pytest.mark.parametrize(
     ("method", "low", "high", "words"),
     [

@@ -46,7 +46,13 @@ class Member:
     @property
     def is_expert(self) -> bool:
         """Whether it was trained on some classes only: its probabilities of the others say nothing."""
-        return self.settings.get("classes", "[]") not in ("", "[]")
+        return bool(self.only)
+
+    @property
+    def only(self) -> str:
+        """The classes it was trained on, in words, where they are not all."""
+        named = self.settings.get("classes", "").strip("[]")
+        return f"an expert for {named}" if named else ""
 
 
 @dataclass(frozen=True)

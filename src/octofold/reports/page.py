@@ -22,6 +22,8 @@ from octofold.track.provenance import git_tags
 
 Array = npt.NDArray[Any]
 REPS = 1000
+BLEND = "newest blend"
+"""Its name among the members; none of them can hold a space."""
 MOST = 40
 """Rows of any list, and classes of the confusion table; the rest is counted."""
 
@@ -63,19 +65,15 @@ class Facts:
 
     @property
     def known(self) -> list[Member]:
-        """Members with OOF of every row."""
-        return [member for member in self.members if member.oof is not None]
+        """Members with OOF of every row; pair experts aside, who say nothing of the other classes."""
+        return [member for member in self.members if member.oof is not None and not member.is_expert]
 
 
 def analyse(facts: Facts, seed: int = 0) -> dict[str, Any]:
     """Turn facts into the numbers of the page, section by section."""
-    names, values = (
-        ["blend"] if facts.blend_oof is not None else [],
-        [facts.blend_oof] if facts.blend_oof is not None else [],
-    )
-    names += [member.name for member in facts.known]
-    values += [member.oof.values for member in facts.known if member.oof is not None]
-    target, groups = facts.manifest.target, facts.manifest.groups
+    candidates, target = _candidates(facts), facts.manifest.target
+    names, values = list(candidates), list(candidates.values())
+    groups = facts.manifest.groups
     draws = estimate.bootstrap(values, target, groups, facts.metric, REPS, seed) if values else np.empty((0, 0))
     scores = [facts.metric.score(each, target) for each in values]
     table = {name: (scores[place], draws[place]) for place, name in enumerate(names)}
@@ -97,7 +95,7 @@ def analyse(facts: Facts, seed: int = 0) -> dict[str, Any]:
         "progress": progress(facts, table),
         "gains": ablations(facts, table),
         "weights": sorted(facts.weights.items(), key=lambda item: -item[1]),
-        "correlation": correlation(facts, values[-len(facts.known) :] if facts.known else []),
+        "correlation": correlation(facts),
         "boards": on_boards(facts),
         "tuned": facts.tuned[-MOST:],
         "percent": axes.fit([0.0, 100.0]),
@@ -112,6 +110,15 @@ def analyse(facts: Facts, seed: int = 0) -> dict[str, Any]:
         page["confusion"] = confusions(best, target, facts.manifest.classes)
     page["shown"] = names[0] if names else ""
     return page
+
+
+def _candidates(facts: Facts) -> dict[str, Array]:
+    """What can be scored on every row, the one that the page shows first: the newest blend, else the best member."""
+    found = {member.name: member.oof.values for member in facts.known if member.oof is not None}
+    if facts.blend_oof is not None:
+        return {BLEND: facts.blend_oof} | found
+    score = {name: facts.metric.sign * facts.metric.score(each, facts.manifest.target) for name, each in found.items()}
+    return {name: found[name] for name in sorted(found, key=lambda name: -score[name])}
 
 
 def headline(facts: Facts, table: dict[str, tuple[float, Array]]) -> dict[str, Any]:
@@ -130,9 +137,9 @@ def cross_fitted(facts: Facts, blended: Blended, table: dict[str, tuple[float, A
     """A blend's score of the training rows in the page's metric: as it was logged, else from its predictions."""
     name = facts.metric_name
     logged = Interval(*(blended.number(f"oof/{name}{end}") for end in ("", "_low", "_high")))
-    if math.isfinite(logged.value) or blended is not facts.main or "blend" not in table:
+    if math.isfinite(logged.value) or blended is not facts.main or BLEND not in table:
         return logged
-    return estimate.interval(*table["blend"])
+    return estimate.interval(*table[BLEND])
 
 
 def leaderboard(facts: Facts, table: dict[str, tuple[float, Array]]) -> list[Line]:
@@ -168,7 +175,7 @@ def leaderboard(facts: Facts, table: dict[str, tuple[float, Array]]) -> list[Lin
                 weight=facts.weights.get(member.name),
                 slots=f"{len(folds)} folds, {len(seeds)} seed{'s' * (len(seeds) > 1)}",
                 when=member.when,
-                note=member.missing,
+                note=member.missing or member.only,
             )
         )
     sign = -1 if facts.metric.higher_is_better else 1
@@ -269,9 +276,10 @@ def ablations(facts: Facts, table: dict[str, tuple[float, Array]]) -> dict[str, 
     return {"rows": rows, "axis": axes.fit(bounds, include=[0.0])}
 
 
-def correlation(facts: Facts, values: Sequence[Array]) -> dict[str, Any] | None:
+def correlation(facts: Facts) -> dict[str, Any] | None:
     """How alike members err: the correlation of their losses, row by row."""
-    if len(facts.known) < 2:
+    values = [member.oof.values for member in facts.known if member.oof is not None]
+    if len(values) < 2:
         return None
     target = facts.manifest.target
     rows = []
@@ -280,7 +288,8 @@ def correlation(facts: Facts, values: Sequence[Array]) -> dict[str, Any] | None:
             rows.append(-np.log(each[np.arange(len(target)), target].clip(1e-7)))
         else:
             rows.append(np.sqrt(np.nanmean((each - target) ** 2, axis=(1, 2))))
-    table = np.corrcoef(np.nan_to_num(np.array(rows)))
+    with np.errstate(invalid="ignore"):  # the same loss on every row correlates with nothing
+        table = np.corrcoef(np.nan_to_num(np.array(rows)))
     wrong = None
     if facts.manifest.task == "classify":
         missed = np.array([each.argmax(axis=1) != target for each in values[:MOST]])
