@@ -22,6 +22,7 @@ from octofold.files import sha256_file, write_json, write_text
 from octofold.metrics import METRICS
 from octofold.predictions import Predictions
 from octofold.reports import advice, axes, boards, chronicle, page, report
+from octofold.reports.scores import Score
 from octofold.track import registry, tracking, versions
 
 SCORES = {
@@ -355,6 +356,14 @@ def test_a_member_may_be_called_blend_and_two_may_never_err(tmp_path: Path) -> N
     shown, text = read(facts)
     assert {line.name for line in shown["lines"]} == {"blend equal (newest)", "blend", "other"}
     assert "nan" not in text
+
+
+def test_of_many_scores_the_newest_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
+    facts = blended_twice(tmp_path, "accuracy", ACCURATE)
+    facts.recorded = [Score(f"s{number}.csv", 0.5 + number / 200) for number in range(45)]
+    shown, text = read(facts)
+    assert [row["score"].submission for row in shown["boards"]["rows"]] == [f"s{number}.csv" for number in range(5, 45)]
+    assert "and 5 older" in text
 
 
 @pytest.mark.parametrize(

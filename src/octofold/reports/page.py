@@ -377,11 +377,13 @@ def on_boards(facts: Facts) -> dict[str, Any]:
         rows.append(
             {"score": score, "has_estimate": math.isfinite(score.estimate), "inside": score.low <= truth <= score.high}
         )
-    bounds = [bound for score in told for bound in (score.low, score.high, score.public, score.private)]
+    shown = told[-MOST:]
+    bounds = [bound for score in shown for bound in (score.low, score.high, score.public, score.private)]
     pairs = [(score.public, score.private) for score in told]
     both = [(public, private) for public, private in pairs if math.isfinite(public) and math.isfinite(private)]
     return {
-        "rows": rows[:MOST],
+        "rows": rows[-MOST:],
+        "hidden": len(rows) - len(shown),
         "axis": axes.fit(bounds),
         "inside": sum(row["inside"] for row in rows),
         "judged": sum(row["has_estimate"] for row in rows),
