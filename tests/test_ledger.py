@@ -47,8 +47,19 @@ def test_round_trip_and_rows_by_any_name(tmp_path: Path) -> None:
     assert {row["vote.a"], row["vote.b"]} <= {"1", "2", "10"}
     assert json.loads(row["nearest"]) == [["train/x.jpg", 0.9]]
     assert 0 <= row["disagreement"] <= 1
-    with pytest.raises(UserError, match="a row of the submission"):
+    with pytest.raises(UserError, match="row of the submission, such as"):
         again.row("nobody.jpg")
+
+
+def test_an_exact_name_comes_before_a_stem_and_several_stems_are_refused() -> None:
+    def book(*names: str) -> ledger.Ledger:
+        ids = [f"id{place}" for place in range(len(names))]
+        return ledger.Ledger(pd.DataFrame({"sample_id": ids, "names": [json.dumps([name]) for name in names]}), {})
+
+    assert book("1.5", "1").row("1")["sample_id"] == "id1"
+    assert book("img.v2.jpg", "img.v2").row("img.v2")["sample_id"] == "id1"
+    with pytest.raises(UserError, match="one of cats/001.jpg, dogs/001.jpg"):
+        book("cats/001.jpg", "dogs/001.jpg").row("001")
 
 
 def test_no_ledger_is_told(tmp_path: Path) -> None:
