@@ -457,5 +457,9 @@ def test_a_metric_of_the_other_task_and_a_missing_manifest_are_told(
     assert report.collect(Report(competition="world", manifest=table.file)).metric_name == "accuracy"
     with pytest.raises(UserError, match="metric 'mse'"):
         report.collect(Report(competition="world", manifest=table.file, metric="mse"))
+    bare = dataclasses.replace(table, table=table.table.drop(columns=["label", "fold"]))
+    bare.save(tmp_path / "test.csv")
+    with pytest.raises(UserError, match="manifest of the training images"):
+        report.collect(Report(competition="world", manifest=tmp_path / "test.csv"))
     with pytest.raises(UserError, match="manifest"):
         report.collect(Report(competition="world", manifest=tmp_path / "none.csv"))

@@ -62,9 +62,13 @@ def collect(config: Report) -> Facts:
     """Read the competition back from MLflow.
 
     Raises:
-        UserError: the manifest is missing, or the metric is of the other task.
+        UserError: the manifest is missing or that of the test images, or the metric is of the other task.
     """
     table = manifest.read(config.manifest or ROOT / "data" / config.competition / "manifest.csv")
+    if not table.is_labelled or "fold" not in table.table:
+        raise UserError(
+            table.file, expected="the manifest of the training images, with labels and folds", got="one without (test?)"
+        )
     blends = chronicle.blends(config.competition)
     main = next((blended for blended in reversed(blends) if blended.manifest_hash == table.hash), None)
     name = _metric(config, main, table.task)
