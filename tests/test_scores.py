@@ -111,3 +111,23 @@ def test_flags_that_nothing_would_heed_are_refused(tmp_path: Path) -> None:
             boards.asked_for(config)
     with pytest.raises(UserError, match="competition"):
         load(Score, ["--competition", "it's"])
+
+
+def test_a_history_read_again_is_brought_up_to_date(tmp_path: Path, mlruns: Path) -> None:
+    with tracking.run("score", None, "photos") as run:
+        for row in ("0.9,0.8,blend,first", "0.9,,stack,second"):
+            boards.import_history(history(tmp_path, HEAD + "2026-01-02,a.csv," + row + "\n"), "photos", run)
+        found = boards.recorded("photos")
+        assert [(one.public, one.category, one.notes) for one in found] == [(0.9, "stack", "second")]
+        assert found[0].private != found[0].private, "the score that the file no longer has"
+        boards.import_history(history(tmp_path, HEAD + "2026-01-02,a.csv,,,stack,\n"), "photos", run)
+        assert boards.recorded("photos") == []
+
+
+def test_blends_are_told_apart(mlruns: Path) -> None:
+    for _ in range(2):
+        with tracking.run("blend", None, "photos", tags={"submission_file": "submission.csv"}) as run:
+            run.log_metrics({"score/public": 0.9})
+    one, other = boards.recorded("photos")
+    assert one.submission != other.submission == f"submission.csv of {run.id[:8]}"
+    assert len(other.date) == len("2026-01-01")

@@ -1,6 +1,7 @@
 """Boards: public and private scores recorded on the runs that made the submissions, and read back."""
 
 import math
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -75,24 +76,31 @@ def import_history(path: Path | str, competition: str, parent: tracking.Run) -> 
     there = {info.tags.get("submission_file"): info for info in tracking.find_runs(competition, {"entry": "score.row"})}
     for row in rows:
         numbers = {PUBLIC: row.public, PRIVATE: row.private}
-        metrics = {name: value for name, value in numbers.items() if math.isfinite(value)}
         tags = {"submission_file": row.submission, "score.date": row.date, "score.category": row.category,
                 "score.notes": row.notes}  # fmt: skip
         if info := there.get(row.submission):
-            for name, value in metrics.items():
-                if info.metrics.get(name) != value:
-                    tracking.client().log_metric(info.id, name, value)
+            _renew(info, numbers, tags)
             continue
         with tracking.run("score.row", None, competition, name=row.submission, tags=tags, parent=parent) as run:
-            run.log_metrics(metrics)
+            run.log_metrics({name: value for name, value in numbers.items() if math.isfinite(value)})
     return rows
+
+
+def _renew(info: tracking.RunInfo, numbers: dict[str, float], tags: dict[str, str]) -> None:
+    """Write what a row says otherwise than its run does; a score it no longer has becomes NaN, MLflow forgets none."""
+    for name, value in numbers.items():
+        before = info.metrics.get(name, math.nan)
+        if before != value and (math.isfinite(before) or math.isfinite(value)):
+            tracking.client().log_metric(info.id, name, value)
+    for key, text in tags.items():
+        if info.tags.get(key, "") != text:
+            tracking.client().set_tag(info.id, key, text)
 
 
 def recorded(competition: str) -> list[Score]:
     """Return every submission of a competition that a board has spoken of, oldest first."""
-    runs = tracking.find_runs(competition)
-    spoken = [info for info in runs if PUBLIC in info.metrics or PRIVATE in info.metrics]
-    return [_score(info) for info in reversed(spoken)]
+    found = [_score(info) for info in reversed(tracking.find_runs(competition))]
+    return [score for score in found if math.isfinite(score.public) or math.isfinite(score.private)]
 
 
 def direction(competition: str, metric: str = "") -> float:
@@ -127,14 +135,17 @@ def _score(info: Any) -> Score:
 
     judged_by = [f"estimate/{name}" for name in (info.tags.get("metric", "accuracy"), "accuracy", "mse")]
     is_forecast = info.tags.get("estimate.of") != "oof"  # else it was never meant for the test images
+    name, date = info.tags.get("submission_file", info.name), info.tags.get("score.date", "")
+    if info.tags.get("entry") == "blend":  # every blend writes a submission.csv
+        name, date = f"{name} of {info.id[:8]}", date or f"{datetime.fromtimestamp(info.start_time / 1000):%Y-%m-%d}"
     return Score(
-        submission=info.tags.get("submission_file", info.name),
+        submission=name,
         public=number(PUBLIC),
         private=number(PRIVATE),
         estimate=next((number(key) for key in judged_by if key in info.metrics and is_forecast), math.nan),
         low=number("estimate/low") if is_forecast else math.nan,
         high=number("estimate/high") if is_forecast else math.nan,
-        date=info.tags.get("score.date", ""),
+        date=date,
         category=info.tags.get("score.category", info.tags.get("method", "")),
         notes=info.tags.get("score.notes", ""),
         run_id=info.id,
