@@ -174,6 +174,7 @@ def picks(game: Competition, bagged: np.ndarray, seed: int, public_share: float 
     belief = finals.believe(
         oof, game.target, game.groups, ACCURACY, public, len(game.truth), public_share, seed=seed
     )  # fmt: skip
+    assert belief is not None  # accuracy: every resample has a score
     ours = finals.best_two(belief)
     one = [int(belief.mean.argmax())]
     known = np.stack([values.argmax(axis=1) == game.population_truth for values in far]).astype(float)

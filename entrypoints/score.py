@@ -16,16 +16,11 @@ def run(config: Score) -> dict[str, Any]:
     """Record, then report."""
     import dataclasses
 
-    from octofold.blend import ledger
-    from octofold.errors import UserError
     from octofold.reports import boards, picks, scores
     from octofold.track import tracking
 
-    competition = config.competition
-    if config.submission is not None:
-        competition = competition or str(ledger.load(config.submission).about["competition"])
-    if not competition:
-        raise UserError("score", expected="--submission, or --competition", got="neither")
+    competition = boards.asked_for(config)
+    sign = boards.direction(competition, config.metric)
     if config.history is not None:
         scores.read_history(config.history)  # refused before a run is opened
     with tracking.run("score", config, competition) as run:
@@ -34,7 +29,7 @@ def run(config: Score) -> dict[str, Any]:
         if config.history is not None:
             boards.import_history(config.history, competition, run)
         found = boards.recorded(competition)
-        lines = [*scores.told(found, boards.direction(competition)), *picks.told(competition)]
+        lines = [*scores.told(found, sign), *picks.told(competition)]
         numbers = scores.summary(found)
         run.log_text("\n".join(lines) + "\n", "boards.txt")
         run.log_dict([dataclasses.asdict(score) for score in found], "boards.json")

@@ -134,12 +134,13 @@ import json
 from octofold.track import tracking
 info = tracking.get_run("{result["run_id"]}")
 models = json.loads(tracking.download(info.id, "models.json").read_text())
-print(json.dumps([sorted(info.metrics), sorted(tracking.list_artifacts(info.id)), models, info.tags["method"]]))
+files, said = sorted(tracking.list_artifacts(info.id)), [info.tags["method"], info.tags["estimate.of"]]
+print(json.dumps([sorted(info.metrics), files, models, *said]))
 """
-    metrics, files, models, method = json.loads(script(house, text))
+    metrics, files, models, method, of = json.loads(script(house, text))
     assert {"oof/accuracy", "apparent/accuracy", "estimate/accuracy", "member/a", "member/b"} <= set(metrics)
     assert {"weights.png", "scores.png", "submission.csv", "ledger.parquet", "report.txt"} <= set(files)
-    assert method == "lr_mse"
+    assert (method, of) == ("lr_mse", "test")
     assert len(models) == 6
     assert {"name", "version", "sha256", "run_id"} <= set(models[0])
     assert result["model"].startswith("models:/tiny.blend/")

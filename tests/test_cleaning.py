@@ -125,6 +125,16 @@ def test_refusals(tmp_path: Path) -> None:
         cleaning.rank(manifest, [dataclasses.replace(oof, classes=("x", "y", "z"))])
 
 
+def test_two_files_may_not_speak_for_one_member_of_the_same_rows(tmp_path: Path) -> None:
+    manifest, truth = make_manifest(tmp_path)
+    oof, other = make_oof(manifest, truth), make_oof(manifest, truth, 1)
+    halves = [oof.take(manifest.sample_ids[manifest.fold < 2]), oof.take(manifest.sample_ids[manifest.fold >= 2])]
+    files = [one.save(tmp_path / f"{number}.parquet") for number, one in enumerate((*halves, other, oof))]
+    assert len(cleaning.find_oof("world", files[:3], "production")) == 3
+    with pytest.raises(UserError, match=f"'net', seed 0 predicts .* rows in {files[0]}"):
+        cleaning.find_oof("world", files, "production")
+
+
 def test_images_deleted_meanwhile_leave_a_queue(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     manifest, truth = make_manifest(tmp_path, WRONG)
     manifest = dataclasses.replace(manifest, competition=str(tmp_path / "here"))

@@ -13,9 +13,11 @@ NAN = float("nan")
 
 def believe(public: list[float], tests: int, rows: int = 800, metric: str = "accuracy") -> finals.Belief:
     probs, target, _ = members((2.0, 1.9, 0.5), rows=rows)
-    return finals.believe(
+    belief = finals.believe(
         list(probs), target, np.arange(rows), METRICS[metric], np.array(public), tests, 0.3
     )  # fmt: skip
+    assert belief is not None
+    return belief
 
 
 def test_without_a_board_out_of_fold_decides() -> None:
@@ -47,6 +49,19 @@ def test_a_board_far_from_the_folds_is_believed_the_more() -> None:
 def test_less_is_better_for_losses() -> None:
     belief = believe([NAN, NAN, NAN], 1000, metric="log_loss")
     assert int(belief.mean.argmin()) == 2
+
+
+def test_resamples_without_a_class_do_not_make_the_worst_the_best() -> None:
+    """AUC is not defined in them; one of these used to spoil the covariance, and the first two were picked."""
+    rng = np.random.default_rng(0)
+    target = (np.arange(60) < 3).astype(int)
+    good = (0.1 + 0.8 * target + rng.normal(0, 0.02, 60)).clip(0, 1)
+    candidates = [np.c_[1 - x, x] for x in (1 - good, 0.99 - 0.98 * good, good, 0.99 * good)]
+    public = np.array([0.1, 0.11, 0.99, 0.98])
+    belief = finals.believe(candidates, target, np.arange(60), METRICS["auc"], public, 60, 0.3)
+    assert belief is not None
+    assert set(finals.best_two(belief)) == {2, 3}
+    assert finals.believe(candidates, 0 * target, np.arange(60), METRICS["auc"], public, 60, 0.3) is None
 
 
 def test_a_hedge_errs_elsewhere() -> None:

@@ -2,12 +2,19 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
+from PIL import Image
 
-from octofold.blend import ledger
+from octofold.blend import explaining, ledger
+from octofold.data.manifest import Manifest
 from octofold.errors import UserError
+from octofold.infer.combining import Blend
 from test_blending import members
 from test_submission import NAMES, toy_set
 
@@ -40,8 +47,19 @@ def test_round_trip_and_rows_by_any_name(tmp_path: Path) -> None:
     assert {row["vote.a"], row["vote.b"]} <= {"1", "2", "10"}
     assert json.loads(row["nearest"]) == [["train/x.jpg", 0.9]]
     assert 0 <= row["disagreement"] <= 1
-    with pytest.raises(UserError, match="a row of the submission"):
+    with pytest.raises(UserError, match="row of the submission, such as"):
         again.row("nobody.jpg")
+
+
+def test_an_exact_name_comes_before_a_stem_and_several_stems_are_refused() -> None:
+    def book(*names: str) -> ledger.Ledger:
+        ids = [f"id{place}" for place in range(len(names))]
+        return ledger.Ledger(pd.DataFrame({"sample_id": ids, "names": [json.dumps([name]) for name in names]}), {})
+
+    assert book("1.5", "1").row("1")["sample_id"] == "id1"
+    assert book("img.v2.jpg", "img.v2").row("img.v2")["sample_id"] == "id1"
+    with pytest.raises(UserError, match="one of cats/001.jpg, dogs/001.jpg"):
+        book("cats/001.jpg", "dogs/001.jpg").row("001")
 
 
 def test_no_ledger_is_told(tmp_path: Path) -> None:
@@ -66,3 +84,79 @@ def test_differences_name_who_changed(tmp_path: Path) -> None:
     assert set(", ".join(changed["who"]).split(", ")) <= {"a", "b", "weights"}
     assert ledger.differences(one, one).empty
     assert len(NAMES) == 3
+
+
+class Steady(torch.nn.Module):
+    """Says the same of every image; of the last view something else."""
+
+    def __init__(self, probs: list[float], last: list[float]) -> None:
+        super().__init__()
+        self.probs, self.last = probs, last
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.log(torch.tensor([self.probs] * (len(pixels) - 1) + [self.last]))
+
+
+def explained(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, says: dict[str, tuple[list[float], list[float]]], blend: Blend
+) -> explaining.Explanation:
+    """Explain one image whose fold models, two for each member, are `Steady`."""
+    classes = tuple("abcd")
+    card = SimpleNamespace(task="classify", classes=list(classes), swap=None)
+    card.recipe = {"model": {"name": "small_cnn", "input_size": 20}}
+    monkeypatch.setattr(explaining, "_slot", lambda about, pin: pin["member"])
+    monkeypatch.setattr(explaining.registry, "fetch", lambda slot: slot)
+    monkeypatch.setattr(explaining, "read_model", lambda member: (Steady(*says[member]), card))
+    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(folder / "x.png")
+    table = pd.DataFrame({"sample_id": ["s"], "path": ["x.png"]})
+    test = Manifest(table, "classify", classes, "toy", folder, {}, folder / "test.csv")
+    test.save(folder / "test.csv")
+    Manifest(table.assign(label="a", fold=0, group=""), "classify", classes, "toy", folder).save(
+        folder / "manifest.csv"
+    )
+    members = {name: np.array([7 * np.array(most) + last]) / 8 for name, (most, last) in says.items()}
+    stacked = np.stack(list(members.values()))
+    models: list[dict[str, Any]] = [
+        {"member": name, "share": 0.5, "name": f"toy.{name}.f{fold}.s0", "version": 1}
+        for name in says
+        for fold in (0, 1)
+    ]
+    about = {
+        "blend": blend.to_dict(),
+        "weights": dict(zip(says, blend.weights.tolist(), strict=True)),
+        "models": models,
+    }
+    about |= {"views": "geo8", "method": "equal", "run_id": "r", "manifest_hash": "h", "manifest": str(folder / "x")}
+    first = next(iter(members.values()))
+    book = ledger.build(test, blend.apply(stacked), members, first[None], {1: first}, [], about)
+    return explaining.explain(book, book.row("x.png"))
+
+
+def test_a_view_is_asked_as_the_submission_was_and_of_every_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expert = {"a": 0, "b": 1, "coef": [0.2, 1.0], "intercept": 0.0, "margin": 0.5, "threshold": 0.5}
+    gated = Blend("equal", "linear", np.array([1.0, 0.0]), {"voters": 1, "experts": [expert]})
+    voter, pair = [0.40, 0.38, 0.12, 0.10], [0.02, 0.979, 0.0005, 0.0005]
+    told = explained(tmp_path, monkeypatch, {"voter": (voter, voter), "pair": (pair, pair)}, gated)
+    assert told.classes[0] == "b", "the expert decides"
+    assert (told.views.argmax(axis=1) == 0).all()
+    assert any("8 of 8 views put b first" in line for line in told.lines)
+    assert any("of the 2 fold models" in line for line in told.lines), "the expert's two have no vote"
+
+    says = {"one": ([0.36, 0.31, 0.30, 0.03], [0.30, 0.02, 0.02, 0.66])}
+    told = explained(tmp_path, monkeypatch, says, Blend("equal", "linear", np.array([1.0])))
+    assert told.classes == ["a", "b", "c"]
+    assert any("7 of 8 views put a first" in line for line in told.lines), "the last view says d, which is not shown"
+
+
+def test_points_are_explained_by_how_far_members_are_off(tmp_path: Path) -> None:
+    test = Manifest(pd.DataFrame({"sample_id": ["s"], "path": ["0.png"]}), "keypoints", ("nose",), "toy", tmp_path)
+    here = np.zeros((1, 1, 2), np.float32)
+    about = {"weights": {"near": 0.9, "far": 0.1}, "models": [{"member": "near", "name": "n", "version": 1}]}
+    about |= {"method": "simplex", "views": "none", "run_id": "r", "manifest_hash": "h"}
+    both = {"near": here, "far": here + [3, 4]}
+    book = ledger.build(test, here, both, np.stack([here, here + [6, 8]]), {1: here}, [], about)
+    lines = explaining._lines(book, book.row("0.png"), [], [], [])
+    assert "  far (weight 0.100) is 5.00 px off the blend, on average" in lines
+    assert "the 1 fold models are 5.00 px off the blend, on average" in lines

@@ -52,3 +52,22 @@ def test_curves_put_the_splits_of_a_metric_together() -> None:
     assert [axes.get_title() for axes in panels] == ["loss"]  # text columns are left out
     assert [line.get_label() for line in panels[0].lines][:2] == ["train/loss", "valid/loss"]
     assert len({line.get_linestyle() for line in panels[0].lines[:2]}) == 2  # told apart without colour
+
+
+def test_names_are_no_formulas_and_none_is_left_out_of_a_legend(tmp_path: Path) -> None:
+    names = ["$5_$ note", "a $^$ b", "_background"]
+    square = np.zeros((8, 8, 3), np.uint8)
+    told = plots.explanation(square, names[0], np.full((8, 3), 0.3), names, 4 * [(square, names[1])])
+    for place, figure in enumerate((plots.confusion(np.eye(3, dtype=int), names), told)):
+        plots.save(figure, tmp_path / f"{place}.png")
+    for figure in (told, plots.stacked(np.ones((2, 3)), ["a", "b"], names)):
+        legend = next(found for axes in figure.axes if (found := axes.get_legend()))
+        assert [text.get_text().strip() for text in legend.get_texts()] == names
+
+
+def test_powers_of_ten_stay_formulas() -> None:
+    figure = plots.scatter_line(np.array([1e-4, 1e-1]), np.array([0.1, 0.2]), 0.1, 0, ("a_$ rate", "score"))
+    figure.axes[0].set_xscale("log")
+    plots.literal(figure)
+    assert all(label.get_parse_math() for label in figure.axes[0].get_xticklabels())
+    assert not figure.axes[0].xaxis.label.get_parse_math()

@@ -1,23 +1,22 @@
 """The report: read back from a real MLflow store, every number defined, and nothing in it can run or phone home."""
 
+import dataclasses
 import re
-from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from labelled import CLASSES, make_manifest, make_oof
 from octofold import predictions
+from octofold.blend import lineup
 from octofold.commands import Report
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError
 from octofold.files import sha256_file, write_json, write_text
-from octofold.metrics import METRICS
 from octofold.predictions import Predictions
-from octofold.reports import advice, axes, chronicle, page, report
+from octofold.reports import advice, chronicle, page, report
 from octofold.track import registry, tracking, versions
 
 SCORES = {
@@ -29,7 +28,9 @@ SCORES = {
 }
 
 
-def train(table: Manifest, oof: Predictions, folder: Path, member: str, **settings: object) -> None:
+def train(
+    table: Manifest, oof: Predictions, folder: Path, member: str, promoted: bool = True, **settings: object
+) -> None:
     """Leave in MLflow what training a member leaves, without training."""
     tags = {"member": member, "manifest_hash": table.hash}
     with tracking.run("train", None, "world", member, tags) as parent:
@@ -40,12 +41,13 @@ def train(table: Manifest, oof: Predictions, folder: Path, member: str, **settin
                 oof.take(table.sample_ids[table.fold == fold]).save(mine / "oof" / "none.parquet")
                 run.log_artifacts(mine / "oof", "oof")
                 weights = mine / "model" / "model.safetensors"
-                write_text(weights, f"{member} {fold}")
+                write_text(weights, f"{member} {fold} {run.id}")
                 card = {"recipe": {}, "task": "classify", "classes": list(CLASSES), "competition": "world"}
                 card |= {"member": member, "fold": fold, "seed": 0, "manifest_hash": table.hash}
                 write_json(mine / "model" / "model.json", card | {"model_sha": sha256_file(weights)})
                 slot = registry.register_slot(run, mine / "model")
-                versions.set_alias(slot.name, "production", slot.version)
+                if promoted:
+                    versions.set_alias(slot.name, "production", slot.version)
 
 
 def test_two_finals_are_chosen_once_the_public_board_has_spoken(
@@ -73,6 +75,9 @@ def blend(table: Manifest, oof: Predictions, folder: Path, numbers: dict[str, fl
         oof.save(folder / "none.parquet")
         run.log_artifact(folder / "none.parquet", "oof")
         run.log_dict({"method": "equal", "members": ["one", "two"], "weights": [0.5, 0.5]}, "blend_weights.json")
+        found = registry.resolve("world", "production")
+        slots = {"one": found.get("one", []), "two": found.get("two", [])}
+        run.log_dict(lineup.Lineup(slots, np.zeros(0), [], table, "none").pins, "models.json")
         run.log_text("The folds flatter: expect <less>.\nA second line.\n", "report.txt")
 
 
@@ -173,94 +178,31 @@ def test_what_cannot_be_compared_is_listed_with_the_reason(
     assert steps[0].what == "Blend the members in production"
 
 
-@pytest.mark.parametrize(
-    "values",
-    [[0.0], [0.913, 0.9131], [-3.0, 250.0], [0.1, 0.7, 0.4], [float("nan"), 0.5], [], [1e-6, 2e-6], [5.0, 5.0]],
-)
-def test_axes_hold_their_values_between_round_ticks(values: list[float]) -> None:
-    scale = axes.fit(values)
-    finite = [value for value in values if np.isfinite(value)]
-    assert all(scale.holds(value) for value in finite)
-    assert 2 <= len(scale.ticks) <= 12
-    assert scale.at(scale.low) == 0.0
-    assert scale.at(scale.high) == 100.0
-    labels = [scale.label(tick) for tick in scale.ticks]
-    assert len(set(labels)) == len(labels)
-
-
-def test_points_have_a_page_too(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    columns = {f"{name}_{axis}": rng.uniform(0, 90, 20) for name in ("nose", "tail") for axis in "xy"}
-    columns["tail_x"][3] = columns["tail_y"][3] = np.nan
-    table = pd.DataFrame({"sample_id": [f"s{row}" for row in range(20)], "path": "x", "fold": np.arange(20) % 4})
-    points = Manifest(
-        table.assign(**columns), "keypoints", ("nose", "tail"), "world", tmp_path, file=tmp_path / "m.csv"
-    )
-    members = []
-    for name, noise in (("one", 2.0), ("two", 4.0)):
-        values = np.nan_to_num(points.target, nan=50.0) + rng.normal(0, noise, points.target.shape)
-        own = Predictions(points.sample_ids, values, points.classes, points.hash, name, "s", "none", points.fold)
-        members.append(chronicle.Member(name, [], "production", own))
-    facts = page.Facts("world", points, "mse", METRICS["mse"], members, [], [], [], [], None, None, {}, "")
-    shown = page.analyse(facts)
-    assert [line.name for line in shown["lines"]] == ["one", "two"]
-    text = report.render(shown | {"advice": advice.next_steps(shown, facts)})
-    assert "lower is better" in Reader(text).text
-    assert not re.search(r"\b(nan|inf|None)\b", Reader(text).text)
-
-
-@pytest.mark.parametrize(
-    ("method", "compared"), [("auto: lr_mse", True), ("equal", True), ("by hand [0.6, 0.4]", False)]
-)
-def test_ablations_are_among_the_voters(tmp_path: Path, method: str, compared: bool) -> None:
-    rng = np.random.default_rng(0)
-    target = rng.integers(3, size=90)
-    table = pd.DataFrame({"sample_id": [f"s{row}" for row in range(90)], "path": "x", "fold": np.arange(90) % 3})
-    table = table.assign(label=np.array(list("abc"))[target], group="")
-    manifest = Manifest(table, "classify", ("a", "b", "c"), "world", tmp_path, file=tmp_path / "m.csv")
-    members = []
-    for name, settings in (("one", {}), ("two", {"classes": "[]"}), ("pair", {"classes": "['a', 'b']"})):
-        values = 0.5 * np.eye(3)[target] + 0.5 * rng.dirichlet(np.ones(3), 90)
-        own = Predictions(
-            manifest.sample_ids, values, manifest.classes, manifest.hash, name, "s", "none", manifest.fold
-        )
-        members.append(chronicle.Member(name, [], "production", own, settings=settings))
-    main = chronicle.Blended("r", datetime.now().astimezone(), method, "none", manifest.hash, {}, {}, {})
-    accuracy = METRICS["accuracy"]
-    weights = {"one": 0.6, "two": 0.4, "pair": 0.0}
-    mean = np.mean([member.oof.values for member in members[:2] if member.oof is not None], axis=0)
-    facts = page.Facts("world", manifest, "accuracy", accuracy, members, [main], [], [], [], main, mean, weights, "")
-    gains = {over: found for _, over, found in page.analyse(facts)["gains"]["rows"]}
-    assert gains["over the plain mean"].value == 0, "the expert is no part of it"
-    assert ("over the blend without one" in gains) is compared
-    assert "over the blend without pair" not in gains
-
-
-def test_experiments_are_pairs_that_differ_in_few_fields() -> None:
-    def member(name: str, **settings: str) -> chronicle.Member:
-        return chronicle.Member(name, [], "", None, settings=settings)
-
-    one = member("a", **{"optim.lr": "0.1", "member": "a", "phases": "[{'epochs': 6, 'lr': None}]"})
-    two = member("b", **{"optim.lr": "0.1", "member": "b", "phases": "[{'epochs': 9, 'lr': None, 'replicas': 0}]"})
-    far = member("c", **{"optim.lr": "9", "batch_size": "1", "phases": "[{'epochs': 1, 'lr': 3, 'x': 2}, {}]"})
-    assert chronicle.experiments([one, two, far]) == [("a", "b", "phases.0.epochs 6 for 9")]
-
-
-def test_one_failed_blend_does_not_squeeze_the_others() -> None:
-    scale = axes.robust([0.99, 0.985, 0.988, 0.36], higher_is_better=True)
-    assert scale.low > 0.9
-    assert scale.at(0.36) == 0.0
-
-
-def test_wilson_bars_and_confusions_add_up() -> None:
-    rng = np.random.default_rng(0)
-    probs = rng.dirichlet(np.ones(3), 200).astype(np.float32)
-    target = rng.integers(0, 3, 200)
-    found = page.calibration(probs, target)
-    assert sum(row[4] for row in found["rows"]) == 200
-    assert all(0 <= low <= share <= high <= 1 for _, share, low, high, _ in found["rows"])
-    wrong = page.confusions(probs, target, ("a", "b", "c"))
-    assert wrong["errors"] == int((probs.argmax(axis=1) != target).sum()) == sum(count for *_, count in wrong["pairs"])
+@pytest.mark.slow
+def test_what_was_trained_since_is_not_shown_as_what_stands_in_production(
+    world: tuple[Manifest, dict[str, Predictions]], tmp_path: Path
+) -> None:
+    table, oof = world
+    for name, own in oof.items():
+        train(table, own, tmp_path, name, **{"optim.lr": 0.1, "batch_size": 8 if name == "one" else 4})
+    blend(table, predictions.average(list(oof.values())), tmp_path, {})
+    with tracking.run("train", None, "world", "one", {"member": "one"}) as run:  # no slot came of it
+        run.log_params({"cfg.optim.lr": 9, "cfg.batch_size": 8})
+    worse = make_oof(table, np.roll(table.target, 1), 3)
+    train(table, worse, tmp_path, "one", promoted=False, **{"optim.lr": 0.3, "batch_size": 8})
+    members = chronicle.members("world", table, "none")
+    assert members[0].oof is not None
+    np.testing.assert_allclose(members[0].oof.values, oof["one"].values, atol=1e-6)
+    assert chronicle.experiments(members) == [("one", "two", "batch_size 8 for 4")]
+    for slot in registry.newest("world")["one"]:
+        versions.set_alias(slot.name, "production", slot.version)
+    facts = report.collect(config(table, tmp_path))
+    assert facts.known[0].oof is not None
+    np.testing.assert_allclose(facts.known[0].oof.values, worse.values, atol=1e-6)
+    np.testing.assert_allclose(facts.within["one"], oof["one"].values, atol=1e-6)
+    facts.within = {}
+    shown = page.analyse(facts)["gains"]["rows"]
+    assert not [over for name, over, _ in shown if name == "blend"], "without the versions there is nothing to compare"
 
 
 def test_a_metric_of_the_other_task_and_a_missing_manifest_are_told(
@@ -270,5 +212,9 @@ def test_a_metric_of_the_other_task_and_a_missing_manifest_are_told(
     assert report.collect(Report(competition="world", manifest=table.file)).metric_name == "accuracy"
     with pytest.raises(UserError, match="metric 'mse'"):
         report.collect(Report(competition="world", manifest=table.file, metric="mse"))
+    bare = dataclasses.replace(table, table=table.table.drop(columns=["label", "fold"]))
+    bare.save(tmp_path / "test.csv")
+    with pytest.raises(UserError, match="manifest of the training images"):
+        report.collect(Report(competition="world", manifest=tmp_path / "test.csv"))
     with pytest.raises(UserError, match="manifest"):
         report.collect(Report(competition="world", manifest=tmp_path / "none.csv"))

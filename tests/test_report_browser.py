@@ -75,6 +75,7 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     facts = page.Facts(
         "c" * 60, manifest, "accuracy", METRICS["accuracy"], members, [blended], [], [], boards, blended, mean,
         dict.fromkeys(names, 0.125), "The folds flatter: cross-validation says 0.900, but expect 0.800.\n" * 3,
+        {member.name: member.oof.values for member in members if member.oof is not None},
     )  # fmt: skip
     shown = page.analyse(facts)
     file = folder / "report.html"

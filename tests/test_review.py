@@ -10,7 +10,9 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -82,6 +84,21 @@ def test_two_tabs_do_not_overwrite_each_other(manifest: Manifest) -> None:
     assert answer["changes"][0]["standing"]["action"] == "keep", "the other tab learns what happened"
     assert post(two, act(item, "drop", 3, after=f"{1:032x}")).get_json()["refused"] == []
     assert two.get(f"/{TOKEN}/news?since=1").get_json()["changes"][0]["standing"]["action"] == "drop"
+
+
+def test_an_act_whose_answer_was_lost_is_sent_again_and_written_once(
+    desk: Desk, client: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item = desk.queue.items[0]
+    for again in (act(item), act(item, "undo", 2, undoes=f"{1:032x}")):
+        for second in (0, 1):
+            now = datetime(2026, 1, 1, 12, int(again["action"] == "undo"), second, tzinfo=UTC)
+            clock = SimpleNamespace(now=lambda zone, now=now: now, fromisoformat=datetime.fromisoformat)
+            monkeypatch.setattr(journal, "datetime", clock)
+            answer = post(client, again).get_json()
+            assert (answer["written"], answer["refused"]) == ([again["entry"]], [])
+    monkeypatch.undo()
+    assert [entry.action for entry in journal.read(desk.journal.path).entries] == ["keep", "undo"]
 
 
 def test_undo_is_an_entry_and_goes_on_after_a_reload(desk: Desk, client: FlaskClient) -> None:

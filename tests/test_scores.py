@@ -2,10 +2,16 @@
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from octofold.blend import ledger
+from octofold.commands import Score
+from octofold.config import load
 from octofold.errors import UserError
-from octofold.reports import scores
+from octofold.reports import boards, scores
+from octofold.track import tracking
+from world import make_world
 
 HEAD = "date,submission_file,public_score,private_score,category,notes\n"
 ORIGINAL_000 = [
@@ -62,3 +68,66 @@ def test_intervals_are_held_to_account() -> None:
 def test_bad_histories_are_refused(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         scores.read_history(history(tmp_path, text))
+
+
+def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "latin.csv").write_bytes((HEAD + ",a.csv,0.9,0.9,caf\xe9,\n").encode("latin-1"))
+    for odd in (tmp_path / "latin.csv", tmp_path):
+        with pytest.raises(UserError, match="a CSV of past submissions, in UTF-8"):
+            scores.read_history(odd)
+
+
+def test_nothing_is_called_the_best_where_nobody_knows_the_direction(
+    tmp_path: Path, mlruns: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(boards, "ROOT", tmp_path)
+    make_world(tmp_path / "data" / "points", 9, task="keypoints")
+    make_world(tmp_path / "data" / "photos", 9)
+    assert boards.direction("points") == -1
+    assert boards.direction("photos") == 0
+    assert boards.direction("photos", "log_loss") == -1
+    assert boards.direction("nowhere", "mse") == -1
+    with pytest.raises(UserError, match="metric 'mse'"):
+        boards.direction("photos", "mse")
+    losses = [scores.Score(name, public, private) for name, public, private in
+              (("a", 0.5, 0.2), ("b", 0.1, 0.9), ("c", 0.3, 0.4))]  # fmt: skip
+    assert not any("best public score" in line for line in scores.told(losses, 0.0))
+    with tracking.run("blend", None, "photos", tags={"metric": "brier"}):
+        pass
+    assert boards.direction("photos") == -1
+
+
+def test_flags_that_nothing_would_heed_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "submission.csv").write_text("image,label\n")
+    about = {"run_id": "r", "competition": "photos"}
+    ledger.Ledger(pd.DataFrame({"sample_id": ["s"], "names": ['["s"]']}), about).save(tmp_path)
+    assert boards.asked_for(Score(submission=tmp_path / "submission.csv", public=0.5)) == "photos"
+    for words, config in {
+        "--public, --notes": Score(competition="photos", public=0.9, notes="x"),
+        "'photos', as the ledger": Score(competition="other", submission=tmp_path / "submission.csv"),
+        "--submission, or --competition": Score(),
+    }.items():
+        with pytest.raises(UserError, match=words):
+            boards.asked_for(config)
+    with pytest.raises(UserError, match="competition"):
+        load(Score, ["--competition", "it's"])
+
+
+def test_a_history_read_again_is_brought_up_to_date(tmp_path: Path, mlruns: Path) -> None:
+    with tracking.run("score", None, "photos") as run:
+        for row in ("0.9,0.8,blend,first", "0.9,,stack,second"):
+            boards.import_history(history(tmp_path, HEAD + "2026-01-02,a.csv," + row + "\n"), "photos", run)
+        found = boards.recorded("photos")
+        assert [(one.public, one.category, one.notes) for one in found] == [(0.9, "stack", "second")]
+        assert found[0].private != found[0].private, "the score that the file no longer has"
+        boards.import_history(history(tmp_path, HEAD + "2026-01-02,a.csv,,,stack,\n"), "photos", run)
+        assert boards.recorded("photos") == []
+
+
+def test_blends_are_told_apart(mlruns: Path) -> None:
+    for _ in range(2):
+        with tracking.run("blend", None, "photos", tags={"submission_file": "submission.csv"}) as run:
+            run.log_metrics({"score/public": 0.9})
+    one, other = boards.recorded("photos")
+    assert one.submission != other.submission == f"submission.csv of {run.id[:8]}"
+    assert len(other.date) == len("2026-01-01")

@@ -1,5 +1,7 @@
 """Boards played many times."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -8,9 +10,15 @@ from octofold.metrics import METRICS
 from test_blending import members
 
 
+def draw(*given: Any, **more: Any) -> shakeup.Worlds:
+    played = shakeup.draw(*given, **more)
+    assert played is not None
+    return played
+
+
 def worlds(public_share: float = 0.3, metric: str = "accuracy", reps: int = 300) -> shakeup.Worlds:
     probs, target, _ = members((2.0, 1.9, 0.5), rows=800)
-    return shakeup.draw(
+    return draw(
         list(probs), ["good", "near", "bad"], np.eye(5)[target], METRICS[metric], public_share, resample=True, reps=reps
     )
 
@@ -35,7 +43,7 @@ def test_other_metrics(metric: str) -> None:
 
 def test_groups_stay_on_one_side() -> None:
     probs, target, _ = members((2.0,), rows=200)
-    one = shakeup.draw(list(probs), ["a"], np.eye(5)[target], METRICS["accuracy"], 0.5, np.repeat([0, 1], 100), reps=50)
+    one = draw(list(probs), ["a"], np.eye(5)[target], METRICS["accuracy"], 0.5, np.repeat([0, 1], 100), reps=50)
     assert len(set(one.public[0].round(6))) <= 2
 
 
@@ -45,7 +53,7 @@ def test_the_hedge_errs_elsewhere() -> None:
     best, other = (np.eye(2)[(rng.random(400) < share).astype(int)] for share in (0.15, 0.16))
     chance = np.full((400, 2), 0.0)
     chance[:, 0], chance[:, 1] = 0.85, 0.15
-    played = shakeup.draw([best, best, other], ["best", "twin", "other"], chance, METRICS["accuracy"], 0.3, reps=400)
+    played = draw([best, best, other], ["best", "twin", "other"], chance, METRICS["accuracy"], 0.3, reps=400)
     assert set(shakeup.two_finals(played)) in ({0, 2}, {1, 2})
 
 
@@ -55,5 +63,20 @@ def test_the_shake_up_is_told() -> None:
 
 def test_one_candidate_is_both_finals() -> None:
     probs, target, _ = members((2.0,), rows=100)
-    alone = shakeup.draw(list(probs), ["a"], np.eye(5)[target], METRICS["accuracy"], 0.5, reps=20)
+    alone = draw(list(probs), ["a"], np.eye(5)[target], METRICS["accuracy"], 0.5, reps=20)
     assert shakeup.two_finals(alone) == (0, 0)
+
+
+def test_worlds_without_a_score_are_left_out_and_one_image_plays_no_boards() -> None:
+    """AUC needs both classes on both boards."""
+    chance = np.eye(2)[(np.arange(60) < 3).astype(int)]
+    good, other = 0.8 * chance + 0.1, np.full((60, 2), 0.5)
+    played = draw([good, other], ["good", "other"], chance, METRICS["auc"], 0.3, reps=200)
+    assert 30 <= played.public.shape[1] < 200
+    assert np.isfinite(played.gap).all()
+    assert not any("nan" in line for line in shakeup.told(played, 0.3))
+    alone = shakeup.draw([good[:1], other[:1]], ["good", "other"], chance[:1], METRICS["accuracy"], 0.3, reps=20)
+    assert alone is None
+    single = shakeup.draw([good, other], ["good", "other"], np.eye(2)[np.zeros(60, int)], METRICS["auc"], 0.3, reps=40)
+    assert single is None
+    assert shakeup.told(alone, 0.3) == []

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from octofold.blend import rehearsal, shift
+from octofold.blend import assembly, forecast, rehearsal, shift, verdict
 from octofold.metrics import METRICS, accuracy
 from test_blending import members
 
@@ -89,6 +89,20 @@ def test_other_scores_follow_from_the_estimate_of_accuracy() -> None:
     assert (
         shift.derived(test, worse, METRICS["log_loss"]).value > shift.derived(test, outlook, METRICS["log_loss"]).value
     )
+
+
+def test_a_score_that_no_draw_of_labels_has_is_not_foretold() -> None:
+    """One image is of one class: no AUC."""
+    test, target = world(300, 0.3, 0)
+    outlook = shift.Outlook(shift.Interval(0.8, 0.75, 0.84), 0.85, {}, about=["sampling"])
+    auc = METRICS["auc"]
+    foretold = forecast.Forecast("auc", shift.derived(test[:1], outlook, auc), outlook)
+    assert not foretold.is_known
+    judged = verdict.judge("equal", np.stack([test, test]), ["a", "b"], target, np.arange(300) % 3, np.arange(300), auc)
+    said = " ".join(foretold.told(judged))
+    assert "No estimate of auc for these test images" in said
+    assert "nan" not in said
+    assert assembly._numbers(judged, foretold, "auc")["estimate/auc"] == judged.score.value
 
 
 def test_near_certainty_the_interval_still_reaches_what_can_be_counted() -> None:

@@ -10,6 +10,7 @@ from octofold.recipe import Recipe
 
 Stage = Literal["staging", "production"]
 COMPETITION = r"^[A-Za-z0-9_\-]{1,60}$"
+ANY = r"^[A-Za-z0-9_\-]{0,60}$"
 
 
 class Prepare(Section):
@@ -86,7 +87,9 @@ class Infer(Section):
     model: str = Field(
         "", description="models:/NAME/VERSION, models:/NAME@alias, a checkpoint folder, or a folder of them"
     )
-    competition: str = Field("", description="with --member and --stage: the registered fold models, bagged")
+    competition: str = Field(
+        "", pattern=ANY, description="with --member and --stage: the registered fold models, bagged"
+    )
     member: str = Field("", description="recipe name; empty = the competition's registered blend")
     stage: Stage = Field("production", description="registry stage the member or blend is taken from")
     images: Path = Field(description="folder of images (searched recursively), one image, or a manifest CSV")
@@ -126,7 +129,7 @@ class Evaluate(Section):
     manifest: Path = Field(description="manifest.csv holding the truth")
     predictions: Path | None = Field(None, description="Predictions file")
     run: str = Field("", description="MLflow run id whose OOF to score")
-    competition: str = Field("", description="with --member and --stage: the registered fold models' OOF")
+    competition: str = Field("", pattern=ANY, description="with --member and --stage: the registered fold models' OOF")
     member: str = Field("", description="recipe name")
     stage: Stage = Field("production", description="registry stage the member is taken from")
     tta: str = Field("", description="views the OOF was made with; empty = the most that are stored")
@@ -183,7 +186,7 @@ class Clean(Section):
     """OOF becomes a queue of suspicious labels, a review page, and a journal of decisions."""
 
     manifest: Path = Field(description="manifest.csv under review")
-    competition: str = Field("", description="name of the problem; empty = the manifest's")
+    competition: str = Field("", pattern=ANY, description="name of the problem; empty = the manifest's")
     oof: list[Path] = Field([], description="OOF Predictions files; empty = every member in --stage, else every one")
     stage: Stage = Field("production", description="registry stage whose OOF is used")
     embed: str = Field(
@@ -313,11 +316,15 @@ class Report(Section):
 class Score(Section):
     """What the boards said of a submission."""
 
-    competition: str = Field("", description="name of the problem; empty = the submission's")
+    competition: str = Field("", pattern=ANY, description="name of the problem; empty = the submission's")
     submission: Path | None = Field(None, description="submission.csv where blend wrote it")
     public: float | None = Field(None, description="public score that came back")
     private: float | None = Field(None, description="private score that came back")
     notes: str = Field("", description="anything worth remembering")
+    metric: str = Field(
+        "",
+        description="of the boards, row of metrics.METRICS or path/to/file.py:function; empty = the newest blend's",
+    )
     history: Path | None = Field(
         None, description="CSV of past submissions: date,submission_file,public_score,private_score,category,notes"
     )

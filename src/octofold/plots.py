@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Figure  # for the signatures of others
+from matplotlib.text import Text
 
 from octofold.files import atomic
 
@@ -28,9 +29,32 @@ def new_figure(width: float = 7.0, height: float = 4.0) -> Figure:
 
 def save(figure: Figure, path: Path | str) -> Path:
     """Write a figure (format by the suffix), whole or not at all; return the path."""
+    literal(figure)
     with atomic(path) as temporary:
         figure.savefig(temporary)
     return Path(path)
+
+
+def literal(figure: Figure) -> None:
+    """Make every text say what it says: a class may be called `$5_$ note`, which matplotlib would read as a formula.
+
+    The powers of ten that matplotlib itself writes on logarithmic axes stay formulas.
+    """
+    own = {
+        id(label)
+        for axes in figure.axes
+        for axis in (axes.xaxis, axes.yaxis)
+        for label in axis.get_ticklabels(which="both")
+        if axis.get_scale() != "linear"
+    }
+    for text in figure.findobj(Text):
+        if isinstance(text, Text) and id(text) not in own:
+            text.set_parse_math(False)
+
+
+def _listed(name: str) -> str:
+    """A name that a legend lists: matplotlib leaves out those that begin with an underscore."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def curves(history: Any, x: str = "epoch", marks: Sequence[float] = (), title: str = "") -> Figure:
@@ -176,7 +200,9 @@ def stacked(table: Array, names: Sequence[str], parts: Sequence[str], title: str
     places, left = np.arange(len(names)), np.zeros(len(names))
     for column, part in enumerate(parts):
         shade = str(0.25 + 0.6 * column / max(1, len(parts) - 1))
-        axes.barh(places, table[:, column], left=left, color=shade, edgecolor="white", linewidth=0.5, label=part)
+        axes.barh(
+            places, table[:, column], left=left, color=shade, edgecolor="white", linewidth=0.5, label=_listed(part)
+        )
         left = left + table[:, column]
     axes.set_yticks(places, names)
     axes.invert_yaxis()
@@ -297,7 +323,7 @@ def explanation(
     hatches, width = ("", "//", "..", "xx"), 0.8 / max(1, len(classes))
     for place, name in enumerate(classes if len(views) else ()):
         where = np.arange(1, len(views) + 1) + (place - (len(classes) - 1) / 2) * width
-        bars.bar(where, views[:, place], width, label=name, color=STYLES[place % len(STYLES)][0],
+        bars.bar(where, views[:, place], width, label=_listed(name), color=STYLES[place % len(STYLES)][0],
                  hatch=hatches[place % 4], edgecolor="white")  # fmt: skip
     if len(views):
         bars.legend(fontsize="x-small")

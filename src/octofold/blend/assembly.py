@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from octofold import plots
 from octofold.blend import blending, choice, forecast, ledger, lineup, nearness, shift, submission, succession, verdict
+from octofold.blend.estimate import Interval
 from octofold.blend.forecast import Forecast
 from octofold.blend.lineup import Lineup, Spoken
 from octofold.blend.nearness import Near
@@ -61,7 +62,8 @@ def blend(config: Blend, run: tracking.Run) -> dict[str, Any]:
     result["report"] = write_text(out / "report.txt", "\n".join(lines) + "\n")
     numbers = _numbers(judged, expected, name)
     _record(run, members, judged, numbers, [path for path in result.values() if isinstance(path, Path)])
-    run.set_tags({"metric": name, "metric.sign": metric.sign} | fingerprint(config.metric))
+    of = "test" if expected is not None and expected.is_known else "oof"  # what `estimate/…` speaks of
+    run.set_tags({"metric": name, "metric.sign": metric.sign, "estimate.of": of} | fingerprint(config.metric))
     if config.register_model:
         result |= _register(config, run, members, judged, metric, numbers)
     for line in lines:
@@ -142,7 +144,7 @@ def _about(
         "manifest_hash": members.rows.hash,
         "manifest": str(members.rows.file or ""),
         "git": git_tags(),
-        "estimate": (expected.score if expected is not None else judged.score)._asdict(),
+        "estimate": _best_known(judged, expected)._asdict(),
     }
 
 
@@ -157,9 +159,14 @@ def _ledger(members: Lineup, test: Manifest, said: Spoken, near: Near | None, ab
     return ledger.build(test, said.final, bagged, said.votes[:speakers], running, near.images if near else [], about)
 
 
+def _best_known(judged: Verdict, expected: Forecast | None) -> Interval:
+    """What to expect of the test images, else of images like the training ones."""
+    return expected.score if expected is not None and expected.is_known else judged.score
+
+
 def _numbers(judged: Verdict, expected: Forecast | None, name: str) -> dict[str, float]:
     """The metrics of the run and of the JSON line."""
-    best = expected.score if expected is not None else judged.score
+    best = _best_known(judged, expected)
     found = {
         f"oof/{name}": judged.score.value,
         f"oof/{name}_low": judged.score.low,

@@ -65,14 +65,16 @@ def explain(book: Ledger, row: dict[str, Any], ask_models: bool = True) -> Expla
         raise UserError(folder / "test.csv", expected=f"sample {row['sample_id']}", got="none", fix="prepare again")
     path = test.paths[int(place[0])]
     shown = [str(row[f"top{n}"]) for n in (1, 2, 3) if f"top{n}" in row]
-    views = _by_view(about, path, test.classes, shown) if ask_models and shown else np.zeros((0, len(shown)))
+    whole = _by_view(about, path, test.classes) if ask_models and shown else np.zeros((0, len(test.classes)))
+    views = whole[:, [test.classes.index(name) for name in shown]]
+    firsts = [test.classes[best] for best in whole.argmax(axis=1)]
     near = json.loads(row["nearest"])
     by_path = dict(zip(train.table["path"], zip(train.paths, _labels(train), strict=True), strict=True))
     nearest = [
         (_picture(by_path[name][0]), f"{by_path[name][1]}  {score:.2f}") for name, score in near if name in by_path
     ]
     caption = f"{shown[0]}  {row['p1']:.3f}" if shown else "points"
-    return Explanation(_lines(book, row, views, shown, near), _picture(path), caption, views, shown, nearest)
+    return Explanation(_lines(book, row, firsts, shown, near), _picture(path), caption, views, shown, nearest)
 
 
 def _labels(train: manifest.Manifest) -> list[str]:
@@ -83,13 +85,14 @@ def _picture(path: Path) -> Array:
     return square(load(path, SHOWN)[0], SHOWN.size)
 
 
-def _by_view(about: dict[str, Any], path: Path, classes: tuple[str, ...], shown: list[str]) -> Array:
-    """``(V, C)``: what the blend would say of each view alone, for the classes shown."""
+def _by_view(about: dict[str, Any], path: Path, classes: tuple[str, ...]) -> Array:
+    """``(V, K)``: what the blend would say of each view alone."""
     blend, names = Blend.from_dict(about["blend"]), list(about["weights"])
     views = tta.VIEWS[about["views"] if len(tta.VIEWS[about["views"]]) > 1 else "geo8"]
     members = np.zeros((len(names), len(views), len(classes)))
+    unheard = {name for name, weight in about["weights"].items() if not weight} if _is_plain(blend) else set()
     for pin in about["models"]:
-        if not pin["share"] or (blend.rule == "linear" and not about["weights"][pin["member"]]):
+        if not pin["share"] or pin["member"] in unheard:
             continue
         net, card = read_model(registry.fetch(_slot(about, pin)))
         task = make_task(card.task, card.classes, card.swap)
@@ -100,9 +103,13 @@ def _by_view(about: dict[str, Any], path: Path, classes: tuple[str, ...], shown:
             said = task.activate(net(seen)).numpy()
         order = [card.classes.index(name) for name in classes]
         members[names.index(pin["member"])] += pin["share"] * said[:, order]
-    columns = [classes.index(name) for name in shown]
-    found: Array = blend.apply(members)[:, columns]
+    found: Array = blend.apply(members)
     return found
+
+
+def _is_plain(blend: Blend) -> bool:
+    """Whether a member of no weight has no say: in an average without pair experts, whose gates ask everyone."""
+    return blend.rule == "linear" and not blend.params.get("experts")
 
 
 def _slot(about: dict[str, Any], pin: dict[str, Any]) -> registry.Slot:
@@ -115,23 +122,32 @@ def _slot(about: dict[str, Any], pin: dict[str, Any]) -> registry.Slot:
     )
 
 
-def _lines(book: Ledger, row: dict[str, Any], views: Array, shown: list[str], near: list[Any]) -> list[str]:
-    about = book.about
-    lines = [f"{', '.join(json.loads(row['names']))}  (sample {row['sample_id']})"]
-    if shown:
-        tops = ", ".join(f"{row[f'top{n + 1}']} {row[f'p{n + 1}']:.3f}" for n in range(len(shown)))
-        lines.append(f"label {row['label']}: {tops}")
+def _said(about: dict[str, Any], row: dict[str, Any], firsts: list[str], shown: list[str]) -> list[str]:
+    """What members, fold models and views say of the row; pair experts have no vote, so they are not counted."""
+    voters = list(about["weights"])[: about.get("blend", {}).get("params", {}).get("voters")]
+    count = sum(pin["member"] in voters for pin in about["models"])
+    lines = []
+    if not shown:
         for name, weight in about["weights"].items():
-            lines.append(
-                f"  {name} (weight {weight:.3f}) says {row[f'vote.{name}']}; {shown[0]} gets {row[f'p.{name}']:.3f}"
-            )
-        lines.append(f"{row['disagreement']:.0%} of the {len(about['models'])} fold models put another class first")
-        if len(views):
-            firsts = [shown[int(best)] for best in views.argmax(axis=1)]
-            agree = sum(name == shown[0] for name in firsts)
-            lines.append(
-                f"{agree} of {len(views)} views put {shown[0]} first; spread over views {row['views_spread']:.3f}"
-            )
+            lines.append(f"  {name} (weight {weight:.3f}) is {row[f'off_px.{name}']:.2f} px off the blend, on average")
+        return [*lines, f"the {count} fold models are {row['disagreement']:.2f} px off the blend, on average"]
+    tops = ", ".join(f"{row[f'top{n + 1}']} {row[f'p{n + 1}']:.3f}" for n in range(len(shown)))
+    lines.append(f"label {row['label']}: {tops}")
+    for name, weight in about["weights"].items():
+        lines.append(
+            f"  {name} (weight {weight:.3f}) says {row[f'vote.{name}']}; {shown[0]} gets {row[f'p.{name}']:.3f}"
+        )
+    lines.append(f"{row['disagreement']:.0%} of the {count} fold models put another class first")
+    if firsts:
+        agree = sum(name == shown[0] for name in firsts)
+        spread = row["views_spread"]
+        lines.append(f"{agree} of {len(firsts)} views put {shown[0]} first; spread over views {spread:.3f}")
+    return lines
+
+
+def _lines(book: Ledger, row: dict[str, Any], firsts: list[str], shown: list[str], near: list[Any]) -> list[str]:
+    about = book.about
+    lines = [f"{', '.join(json.loads(row['names']))}  (sample {row['sample_id']})", *_said(about, row, firsts, shown)]
     for name, score in near:
         lines.append(f"looks like training image {name} (similarity {score:.3f})")
     models = sorted({f"{pin['name']} v{pin['version']}" for pin in about["models"]})

@@ -18,6 +18,8 @@ Array = npt.NDArray[Any]
 
 DRIFTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 """How far candidates may move against each other from OOF to test, as multiples of the public board's own noise."""
+FEWEST = 30
+"""Resamples that a covariance needs; fewer are left where most lack a class that the metric asks for."""
 RIDGE = 0.05
 """Of that noise, independent for each candidate: near-twins differ on test by rows that OOF did not have."""
 
@@ -45,7 +47,7 @@ def believe(
     tests: int,
     public_share: float,
     seed: int = 0,
-) -> Belief:
+) -> Belief | None:
     """Weigh out-of-fold scores and public scores by their precision.
 
     The prior is the out-of-fold score of each candidate with its covariance over groups, a shift that all share, and a
@@ -60,20 +62,32 @@ def believe(
         tests: test images.
         public_share: of them, 0..1.
         seed: of the resampling.
+
+    Returns:
+        None where nothing can be believed: these rows are too few, or of too few classes, for the metric.
     """
     score = metric.sign * np.array([metric.score(values, target) for values in candidates])
-    over_groups = estimate.bootstrap(candidates, target, groups, metric, seed=seed)
-    over_rows = estimate.bootstrap(candidates, target, np.arange(len(target)), metric, seed=seed)
+    over_groups = _finite(estimate.bootstrap(candidates, target, groups, metric, seed=seed))
+    over_rows = _finite(estimate.bootstrap(candidates, target, np.arange(len(target)), metric, seed=seed))
+    if min(over_groups.shape[1], over_rows.shape[1]) < FEWEST:
+        return None
     apart, row = np.atleast_2d(np.cov(over_groups)), np.atleast_2d(np.cov(over_rows)) * len(target)
     noise = row / max(1.0, public_share * tests)
     known = np.isfinite(public)
     mean, cov, drift = _posterior(score, apart, noise, metric.sign * public[known], known)
-    return Belief(mean, cov + row / max(1.0, (1 - public_share) * tests), drift)
+    cov = cov + row / max(1.0, (1 - public_share) * tests)
+    return Belief(mean, cov, drift) if np.isfinite(mean).all() and np.isfinite(cov).all() else None
+
+
+def _finite(draws: Array) -> Array:
+    """The draws in which every candidate has a score: a resample without some class may have none."""
+    found: Array = draws[:, np.isfinite(draws).all(axis=0)]
+    return found
 
 
 def _posterior(prior: Array, apart: Array, noise: Array, seen: Array, known: Array) -> tuple[Array, Array, float]:
     """Condition on what was seen, for every size of drift, and average by likelihood."""
-    size = float(np.trace(noise)) / len(prior)
+    size = max(float(np.trace(noise)) / len(prior), 1e-12)  # candidates without a fault have no noise at all
     shared = np.full_like(noise, 1e3 * size)
     off = seen - prior[known]
     likely, means, covs = [], [], []

@@ -1,5 +1,6 @@
 """Forecast: what to expect of a blend on the test images themselves, and what their two boards may make of it."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,13 +37,23 @@ class Forecast:
     score: Interval
     outlook: Outlook
 
+    @property
+    def is_known(self) -> bool:
+        """Whether the metric has a score on these images: no draw of labels for one image alone has an AUC."""
+        return math.isfinite(self.score.value)
+
     def told(self, judged: Verdict) -> list[str]:
         """The report's first lines: what to expect, by how much the folds flatter, and what the interval covers."""
         metric, score = METRICS[self.name], self.score
         flatter = metric.sign * (judged.score.value - score.value)
         surely = self.outlook.surely
         change = "less" if metric.higher_is_better else "more"
-        if flatter > 0.01 and surely > WARN:
+        if not self.is_known:
+            lines = [
+                f"No estimate of {self.name} for these test images: no draw of their labels has one. Cross-validation "
+                f"says {judged.score.value:.3f}."
+            ]
+        elif flatter > 0.01 and surely > WARN:
             lines = [
                 f"The folds flatter (probability {surely:.2f}): cross-validation says {judged.score.value:.3f}, but "
                 f"expect {score.value:.3f} on these test images (95 % interval {score.low:.3f} to {score.high:.3f}), "
@@ -55,9 +66,12 @@ class Forecast:
             ]
         if self.name != "accuracy":
             accuracy = self.outlook.accuracy
+            follows = (
+                f"; {self.name} follows from it by drawing labels that fit. Trust it less." if self.is_known else "."
+            )
             lines.append(
                 f"Shift is estimated for accuracy alone, {accuracy.value:.3f} ({accuracy.low:.3f} to "
-                f"{accuracy.high:.3f}); {self.name} follows from it by drawing labels that fit. Trust it less."
+                f"{accuracy.high:.3f}){follows}"
             )
         return [*lines, "The interval covers " + ", ".join(self.outlook.about) + "."]
 

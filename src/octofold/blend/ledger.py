@@ -24,8 +24,9 @@ class Ledger:
 
     Attributes:
         rows: one per test sample: ``sample_id``, ``names`` (JSON), and for classes ``label, top1..3, p1..3,
-            vote.<member>, p.<member>``, for points ``spread_px``; then ``disagreement``, ``views_spread``,
-            ``nearest`` (JSON of training ``[path, similarity]``).
+            vote.<member>, p.<member>``, for points ``off_px.<member>`` (mean distance of its points from the
+            blend's); then ``disagreement`` (share of the voters' fold models that put another class first, or their
+            mean distance in px), ``views_spread``, ``nearest`` (JSON of training ``[path, similarity]``).
         about: run id, competition, models (name, version, run, sha256), weights, method, views, manifest hash, git
             commit, estimate.
     """
@@ -49,17 +50,21 @@ class Ledger:
         return path
 
     def row(self, image: str) -> dict[str, Any]:
-        """Find one row by file name (as the submission writes it), or by sample id.
+        """Find one row by file name (as the submission writes it), by sample id, or by file name less its ending.
 
         Raises:
-            UserError: no such row.
+            UserError: no such row, or several.
         """
-        for place, (sample_id, names) in enumerate(zip(self.rows["sample_id"], self.rows["names"], strict=True)):
-            listed = json.loads(names)
-            if image in (sample_id, *listed) or image in [Path(name).stem for name in listed]:
-                return {str(key): value for key, value in self.rows.iloc[place].items()}
-        first = [json.loads(names)[0] for names in self.rows["names"][:3]]
-        raise UserError(f"image '{image}'", expected=f"a row of the submission, such as {preview(first)}", got="none")
+        listed = [json.loads(names) for names in self.rows["names"]]
+        ids = self.rows["sample_id"].tolist()
+        found = [place for place, names in enumerate(listed) if image in (ids[place], *names)]
+        if not found:
+            found = [place for place, names in enumerate(listed) if image in [Path(name).stem for name in names]]
+        if len(found) != 1:
+            some = preview([listed[place][0] for place in found or range(min(3, len(listed)))])
+            wanted = f"one row of the submission, {'one of' if found else 'such as'} {some}"
+            raise UserError(f"image '{image}'", expected=wanted, got=f"{len(found)}" if found else "none")
+        return {str(key): value for key, value in self.rows.iloc[found[0]].items()}
 
 
 def load(submission: Path | str) -> Ledger:

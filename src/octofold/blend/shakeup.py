@@ -13,6 +13,8 @@ import numpy.typing as npt
 from octofold.metrics import Metric
 
 Array = npt.NDArray[Any]
+FEWEST = 30
+"""Worlds with a score on both boards that quantiles need."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def draw(
     drift: float = 0.0,
     reps: int = 1000,
     seed: int = 0,
-) -> Worlds:
+) -> Worlds | None:
     """Draw worlds for submissions of the same test images.
 
     Args:
@@ -76,12 +78,17 @@ def draw(
             so on both boards. Without it a good public part would leave a bad private one.
         drift: standard deviation of what the move from these rows to the real test set does to each candidate by
             itself, on both boards alike; the larger, the more the public board teaches.
-        reps: worlds.
+        reps: worlds; those in which a board has no score (a part without some class) are left out.
         seed: of the draw.
+
+    Returns:
+        None where there is nothing to play: one group alone, or hardly a world in which both boards have a score.
     """
     rng = np.random.default_rng(seed)
     rows = len(chance)
     _, place = np.unique(np.arange(rows) if groups is None else groups, return_inverse=True)
+    if place.max(initial=0) < 1:  # it cannot be on both boards
+        return None
     steps = chance.cumsum(axis=1)
     hits = _hits(candidates, metric)
     public, private = np.empty((len(candidates), reps)), np.empty((len(candidates), reps))
@@ -98,7 +105,11 @@ def draw(
                 else:
                     board[row, rep] = metric.score(values[side], target[side])
     moved = drift * rng.standard_normal(public.shape)
-    return Worlds(list(names), public + moved, private + moved, 1 if metric.higher_is_better else -1)
+    public, private = public + moved, private + moved
+    sound = np.isfinite(public).all(axis=0) & np.isfinite(private).all(axis=0)
+    if sound.sum() < min(FEWEST, reps):
+        return None
+    return Worlds(list(names), public[:, sound], private[:, sound], 1 if metric.higher_is_better else -1)
 
 
 def _hits(candidates: Sequence[Array], metric: Metric) -> Array | None:
@@ -142,8 +153,10 @@ def two_finals(worlds: Worlds) -> tuple[int, int]:
     return (a, b) if mean[a] >= mean[b] else (b, a)
 
 
-def told(worlds: Worlds, public_share: float) -> list[str]:
-    """The shake-up in words."""
+def told(worlds: Worlds | None, public_share: float) -> list[str]:
+    """The shake-up in words; none where nothing could be played."""
+    if worlds is None:
+        return []
     low, _, high = worlds.gap
     first, second = two_finals(worlds)
     lines = [

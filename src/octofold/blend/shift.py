@@ -352,6 +352,9 @@ def derived(probs: Array, outlook: Outlook, metric: Metric, draws: int = 200, se
         metric: any score of classes.
         draws: worlds.
         seed: of the draws.
+
+    Returns:
+        NaN where no draw has such a score.
     """
     value, low, high = (level(share) for share in outlook.accuracy)
     rng = np.random.default_rng(seed)
@@ -363,5 +366,6 @@ def derived(probs: Array, outlook: Outlook, metric: Metric, draws: int = 200, se
     for share in shares:
         step = steps[int(np.abs(knots - share).argmin())]
         scores.append(metric.score(probs, (rng.random((len(probs), 1)) * step[:, -1:] > step).sum(axis=1)))
-    middle, low, high = np.nanquantile(scores, [0.5, 0.025, 0.975])
+    known = np.array(scores)[np.isfinite(scores)]  # labels of one class alone have no AUC
+    middle, low, high = np.quantile(known, [0.5, 0.025, 0.975]) if len(known) else (np.nan, np.nan, np.nan)
     return Interval(float(middle), float(low), float(high))

@@ -139,10 +139,10 @@ def find_oof(competition: str, files: Sequence[Path], stage: str) -> list[Predic
     Experts for some classes are left out: what they say of the others means nothing.
 
     Raises:
-        UserError: a file that is none.
+        UserError: a file that is none, or two that speak of the same rows in the name of one member and seed.
     """
     if files:
-        return [Predictions.load(file) for file in files]
+        return _told_once(files)
     members = registry.resolve(competition, stage)
     if not members:
         members = registry.newest(competition)
@@ -153,6 +153,18 @@ def find_oof(competition: str, files: Sequence[Path], stage: str) -> list[Predic
     }
     found = [registry.oof(slot, VIEWS) for slots in whole.values() for slot in slots]
     return [oof for oof in found if oof is not None]
+
+
+def _told_once(files: Sequence[Path]) -> list[Predictions]:
+    loaded = [Predictions.load(file) for file in files]
+    for place, one in enumerate(loaded):
+        for before, other in enumerate(loaded[:place]):
+            if (one.member, one.seed) == (other.member, other.seed):
+                twice = np.intersect1d(one.sample_ids, other.sample_ids)
+                if len(twice):
+                    said = f"member '{one.member}', seed {one.seed} predicts {len(twice)} rows in {files[before]} too"
+                    raise UserError(files[place], expected="each row once by a member and seed", got=said)
+    return loaded
 
 
 def undecided(journal: Journal, manifest: Manifest) -> set[str]:

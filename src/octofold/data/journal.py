@@ -14,7 +14,7 @@ import uuid
 from bisect import insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
@@ -218,8 +218,8 @@ class Journal:
         """Write acts at once, those first checked against what others wrote meanwhile.
 
         An act is refused when the sample's standing entry is no longer the one its reviewer saw (`after`), or
-        when an undo's entry no longer stands. Written means on the disk (fsync). The same entry sent twice is
-        written once.
+        when an undo's entry no longer stands. Written means on the disk (fsync). The same entry sent twice, at
+        whatever time, is written once.
 
         Returns:
             the entries written (or already there), and the refused ones, each with what stands instead.
@@ -234,8 +234,8 @@ class Journal:
             lines = []
             touched: set[str] = set()  # a second act on one sample in one call could not have seen the first
             for entry in entries:
-                if self._by_id.get(entry.entry) == entry:
-                    written.append(entry)
+                if (known := self._by_id.get(entry.entry)) and replace(entry, time=known.time) == known:
+                    written.append(known)
                     continue
                 now = self.standing(entry.sample_id)
                 if entry.sample_id in touched or (now.entry if now else "") != (entry.undoes or entry.after):

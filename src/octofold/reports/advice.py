@@ -75,12 +75,13 @@ def _flatter(page: dict[str, Any], facts: Any) -> Step | None:
 
 
 def _simpler(page: dict[str, Any], facts: Any) -> Step | None:
+    method = facts.main.method.removeprefix("auto: ") if facts.main else ""
     for name, over, gain in page["gains"]["rows"]:
-        if name == "blend" and "plain mean" in over and not gain.separable:
+        if name == "blend" and "plain mean" in over and gain.low <= 0 and method not in ("equal", "soft_vote"):
+            worse = "they are worse" if gain.high < 0 else "not separable, and the simpler choice cannot overfit"
             return Step(
                 "Take the plain mean",
-                f"The fitted weights gain {gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] over it: not "
-                "separable, and the simpler choice cannot overfit.",
+                f"The fitted weights gain {gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] over it: {worse}.",
                 f"python entrypoints/blend.py --competition {facts.competition} --method equal",
             )
     return None

@@ -1,16 +1,41 @@
 """Boards: public and private scores recorded on the runs that made the submissions, and read back."""
 
 import math
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from octofold import commands
 from octofold.blend import ledger
-from octofold.errors import UserError
-from octofold.metrics import METRICS
+from octofold.data import manifest
+from octofold.errors import UserError, preview
+from octofold.files import ROOT
+from octofold.metrics import METRICS, adopt
 from octofold.reports.scores import Score, read_history
 from octofold.track import tracking
 
 PUBLIC, PRIVATE = "score/public", "score/private"
+
+
+def asked_for(config: commands.Score) -> str:
+    """Return the competition that is meant.
+
+    Raises:
+        UserError: none is named, another than the ledger's is, or a score comes without the submission it is of.
+    """
+    if config.submission is None:
+        given = {"--public": config.public, "--private": config.private, "--notes": config.notes or None}
+        loose = [flag for flag, value in given.items() if value is not None]
+        if loose:
+            raise UserError(preview(loose), expected="--submission, the file they are about", got="none")
+        if not config.competition:
+            raise UserError("score", expected="--submission, or --competition", got="neither")
+        return config.competition
+    told = str(ledger.load(config.submission).about["competition"])
+    if config.competition not in ("", told):
+        said = f"'{told}', as the ledger beside {config.submission.name} says"
+        raise UserError("--competition", expected=said, got=f"'{config.competition}'", fix="leave it out")
+    return told
 
 
 def record(submission: Path | str, public: float | None, private: float | None, notes: str = "") -> Score:
@@ -51,32 +76,57 @@ def import_history(path: Path | str, competition: str, parent: tracking.Run) -> 
     there = {info.tags.get("submission_file"): info for info in tracking.find_runs(competition, {"entry": "score.row"})}
     for row in rows:
         numbers = {PUBLIC: row.public, PRIVATE: row.private}
-        metrics = {name: value for name, value in numbers.items() if math.isfinite(value)}
         tags = {"submission_file": row.submission, "score.date": row.date, "score.category": row.category,
                 "score.notes": row.notes}  # fmt: skip
         if info := there.get(row.submission):
-            for name, value in metrics.items():
-                if info.metrics.get(name) != value:
-                    tracking.client().log_metric(info.id, name, value)
+            _renew(info, numbers, tags)
             continue
         with tracking.run("score.row", None, competition, name=row.submission, tags=tags, parent=parent) as run:
-            run.log_metrics(metrics)
+            run.log_metrics({name: value for name, value in numbers.items() if math.isfinite(value)})
     return rows
+
+
+def _renew(info: tracking.RunInfo, numbers: dict[str, float], tags: dict[str, str]) -> None:
+    """Write what a row says otherwise than its run does; a score it no longer has becomes NaN, MLflow forgets none."""
+    for name, value in numbers.items():
+        before = info.metrics.get(name, math.nan)
+        if before != value and (math.isfinite(before) or math.isfinite(value)):
+            tracking.client().log_metric(info.id, name, value)
+    for key, text in tags.items():
+        if info.tags.get(key, "") != text:
+            tracking.client().set_tag(info.id, key, text)
 
 
 def recorded(competition: str) -> list[Score]:
     """Return every submission of a competition that a board has spoken of, oldest first."""
-    runs = tracking.find_runs(competition)
-    spoken = [info for info in runs if PUBLIC in info.metrics or PRIVATE in info.metrics]
-    return [_score(info) for info in reversed(spoken)]
+    found = [_score(info) for info in reversed(tracking.find_runs(competition))]
+    return [score for score in found if math.isfinite(score.public) or math.isfinite(score.private)]
 
 
-def direction(competition: str) -> float:
-    """1 where higher is better in the metric of the newest blend, -1 where lower is; 1 where nothing was blended."""
+def direction(competition: str, metric: str = "") -> float:
+    """1 where higher is better, -1 where lower is, 0 where nobody can say.
+
+    Args:
+        competition: name of the problem.
+        metric: of the board; empty = the newest blend's. With neither, points have nothing but losses.
+
+    Raises:
+        UserError: no such metric.
+    """
+    if metric:
+        task = _task(competition) or (METRICS[metric].task if metric in METRICS else "classify")
+        return float(METRICS[adopt(metric, task)].sign)
     runs = tracking.find_runs(competition, {"entry": "blend"}, ("FINISHED",))
-    tags = runs[0].tags if runs else {}
+    if not runs:
+        return -1.0 if _task(competition) == "keypoints" else 0.0
+    tags = runs[0].tags
     row = METRICS.get(tags.get("metric", ""))
     return float(row.sign if row is not None else tags.get("metric.sign", 1))  # without a row: somebody's own function
+
+
+def _task(competition: str) -> str:
+    file = ROOT / "data" / competition / "manifest.csv"
+    return manifest.read(file).task if file.exists() else ""
 
 
 def _score(info: Any) -> Score:
@@ -84,14 +134,18 @@ def _score(info: Any) -> Score:
         return float(info.metrics.get(name, math.nan))
 
     judged_by = [f"estimate/{name}" for name in (info.tags.get("metric", "accuracy"), "accuracy", "mse")]
+    is_forecast = info.tags.get("estimate.of") != "oof"  # else it was never meant for the test images
+    name, date = info.tags.get("submission_file", info.name), info.tags.get("score.date", "")
+    if info.tags.get("entry") == "blend":  # every blend writes a submission.csv
+        name, date = f"{name} of {info.id[:8]}", date or f"{datetime.fromtimestamp(info.start_time / 1000):%Y-%m-%d}"
     return Score(
-        submission=info.tags.get("submission_file", info.name),
+        submission=name,
         public=number(PUBLIC),
         private=number(PRIVATE),
-        estimate=next((number(key) for key in judged_by if key in info.metrics), math.nan),
-        low=number("estimate/low"),
-        high=number("estimate/high"),
-        date=info.tags.get("score.date", ""),
+        estimate=next((number(key) for key in judged_by if key in info.metrics and is_forecast), math.nan),
+        low=number("estimate/low") if is_forecast else math.nan,
+        high=number("estimate/high") if is_forecast else math.nan,
+        date=date,
         category=info.tags.get("score.category", info.tags.get("method", "")),
         notes=info.tags.get("score.notes", ""),
         run_id=info.id,

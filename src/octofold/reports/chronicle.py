@@ -23,16 +23,16 @@ from octofold.tta import NESTED
 
 @dataclass(frozen=True)
 class Member:
-    """A registered member: its newest version of every slot.
+    """A registered member, as it stands in its stage.
 
     Attributes:
         name: recipe name.
-        slots: newest version per fold and seed.
+        slots: per fold and seed the version in production, else in staging, else the newest.
         stage: ``production``, ``staging`` or empty.
         oof: aligned to the manifest, seeds averaged; None if folds, rows or views are missing.
         missing: why `oof` is None.
-        when: start of its newest training run, or None.
-        settings: recipe fields that are not the default, as text.
+        when: start of the newest training run of these slots, or None.
+        settings: recipe fields of that run, as text.
     """
 
     name: str
@@ -46,7 +46,13 @@ class Member:
     @property
     def is_expert(self) -> bool:
         """Whether it was trained on some classes only: its probabilities of the others say nothing."""
-        return self.settings.get("classes", "[]") not in ("", "[]")
+        return bool(self.only)
+
+    @property
+    def only(self) -> str:
+        """The classes it was trained on, in words, where they are not all."""
+        named = self.settings.get("classes", "").strip("[]")
+        return f"an expert for {named}" if named else ""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,8 @@ class Blended:
 
     def expected(self, metric: str) -> dict[str, float]:
         """What the blend expected of the test images in a metric; no interval where it was judged by another."""
+        if self.tags.get("estimate.of") == "oof":  # it only said again how it did on the training images
+            return dict.fromkeys(("estimate", "estimate/low", "estimate/high", "folds_flatter"), float("nan"))
         ends = ("estimate/low", "estimate/high") if self.tags.get("metric", metric) == metric else ("", "")
         low, high = (self.number(end) for end in ends)
         return {
@@ -110,18 +118,21 @@ def members(competition: str, manifest: Manifest, views: str) -> list[Member]:
         manifest: rows and truth; members of another data version get no `oof`.
         views: preferred view set of the OOF; members that did not store it get none.
     """
+    slots = registry.newest(competition)
     standing: dict[str, str] = {}
-    for stage in ("staging", "production"):
-        standing |= dict.fromkeys(registry.resolve(competition, stage), stage)
-    runs = {run.tags.get("member", ""): run for run in reversed(tracking.find_runs(competition, {"entry": "train"}))}
+    for stage in ("staging", "production"):  # what stands there is what is blended, whatever was trained since
+        placed = registry.resolve(competition, stage)
+        standing |= dict.fromkeys(placed, stage)
+        slots |= placed
+    parents = {run.id: run for run in tracking.find_runs(competition, {"entry": "train"})}
     found = []
-    for name, newest in registry.newest(competition).items():
-        oof, missing = _oof(newest, manifest, views)
-        run = runs.get(name)
+    for name, own in slots.items():
+        oof, missing = _oof(own, manifest, views, standing.get(name, ""))
+        run = _training(competition, name, own, parents)
         found.append(
             Member(
                 name,
-                newest,
+                own,
                 standing.get(name, ""),
                 oof,
                 missing,
@@ -131,6 +142,16 @@ def members(competition: str, manifest: Manifest, views: str) -> list[Member]:
         )
     order = {"production": 0, "staging": 1, "": 2}
     return sorted(found, key=lambda member: (order[member.stage], member.name))
+
+
+def _training(
+    competition: str, member: str, slots: Sequence[Slot], parents: dict[str, tracking.RunInfo]
+) -> tracking.RunInfo | None:
+    """The newest run of train that made one of these very slots; None where they were imported."""
+    made = {slot.run_id for slot in slots}
+    children = tracking.find_runs(competition, {"entry": "train.slot", "member": member}) if parents else []
+    above = {child.tags.get("mlflow.parentRunId", "") for child in children if child.id in made}
+    return max((parents[one] for one in above if one in parents), key=lambda run: run.start_time, default=None)
 
 
 def common_views(competition: str, preferred: str) -> str:
@@ -145,12 +166,12 @@ def common_views(competition: str, preferred: str) -> str:
     return next((views for views in reversed(NESTED) if views in stored), "none")
 
 
-def _oof(slots: Sequence[Slot], manifest: Manifest, views: str) -> tuple[Predictions | None, str]:
+def _oof(slots: Sequence[Slot], manifest: Manifest, views: str, stage: str = "") -> tuple[Predictions | None, str]:
     if any(slot.manifest_hash != manifest.hash for slot in slots):
         return None, "another data version"
     lacking = sorted(set(manifest.folds) - {slot.fold for slot in slots})
     if lacking:
-        return None, f"fold {', '.join(map(str, lacking))} not trained"
+        return None, f"fold {', '.join(map(str, lacking))} not {f'in {stage}' if stage else 'trained'}"
     by_seed: dict[int, list[Predictions]] = {}
     for slot in slots:
         part = registry.oof(slot, views)
@@ -211,6 +232,39 @@ def blend_weights(blended: Blended) -> dict[str, float]:
     return dict(zip(plain.get("members", []), map(float, plain.get("weights", [])), strict=False))
 
 
+def blended_members(blended: Blended, manifest: Manifest, members: Sequence[Member]) -> dict[str, Predictions]:
+    """Return the OOF of the versions a blend was made of, pair experts aside; nothing if any cannot be had.
+
+    Args:
+        blended: its run names the versions; members may have been trained or promoted since.
+        manifest: rows of the OOF.
+        members: as they stand; those that stood so when they were blended are not read again.
+    """
+    texts = [blend_text(blended, name) for name in ("blend_weights.json", "models.json")]
+    if not all(texts):
+        return {}
+    plain, pins = map(json.loads, texts)
+    standing = {frozenset((slot.name, slot.version) for slot in member.slots): member.oof for member in members}
+    found: dict[str, Predictions] = {}
+    for name in plain.get("members", [])[: plain.get("params", {}).get("voters")]:
+        own = [_pinned(pin) for pin in pins if pin["member"] == name]
+        oof = standing.get(frozenset((slot.name, slot.version) for slot in own))
+        if oof is None:
+            oof, _ = _oof(own, manifest, blended.views)
+        if oof is None:
+            return {}
+        found[name] = oof
+    return found
+
+
+def _pinned(pin: dict[str, Any]) -> Slot:
+    """The slot that a blend's ``models.json`` names, as far as its OOF needs it."""
+    return Slot(
+        "", pin["member"], pin["fold"], pin["seed"], pin["name"], pin["version"], pin["run_id"], pin["manifest_hash"],
+        "", pin["sha256"],
+    )  # fmt: skip
+
+
 def studies(competition: str) -> list[Tuned]:
     """Return the finished tuning runs, oldest first."""
     found = tracking.find_runs(competition, {"entry": "tune"}, ("FINISHED",))
@@ -249,6 +303,8 @@ def experiments(members: Sequence[Member]) -> list[tuple[str, str, str]]:
 
 def _fields(settings: dict[str, str]) -> dict[str, str]:
     """The recipe fields among a run's params, each phase's under its own name: ``phases.0.epochs``."""
+    if not settings:  # nothing is known of an imported member, not even how many phases it had
+        return {}
     aside = ("member", "config", "manifest", "folds", "seeds", "stage", "restart", "executor", "parallel", "tta")
     kept = {key: text for key, text in settings.items() if key.split(".")[0] not in (*aside, "runtime")}
     try:

@@ -22,6 +22,8 @@ from octofold.track.provenance import git_tags
 
 Array = npt.NDArray[Any]
 REPS = 1000
+BLEND = "newest blend"
+"""Its name among the members; none of them can hold a space."""
 MOST = 40
 """Rows of any list, and classes of the confusion table; the rest is counted."""
 
@@ -58,22 +60,20 @@ class Facts:
     blend_oof: Array | None
     weights: dict[str, float]
     text: str
+    within: dict[str, Array] = field(default_factory=dict)
+    """OOF of the versions that `main` blended, pair experts aside; empty where it cannot be had."""
 
     @property
     def known(self) -> list[Member]:
-        """Members with OOF of every row."""
-        return [member for member in self.members if member.oof is not None]
+        """Members with OOF of every row; pair experts aside, who say nothing of the other classes."""
+        return [member for member in self.members if member.oof is not None and not member.is_expert]
 
 
 def analyse(facts: Facts, seed: int = 0) -> dict[str, Any]:
     """Turn facts into the numbers of the page, section by section."""
-    names, values = (
-        ["blend"] if facts.blend_oof is not None else [],
-        [facts.blend_oof] if facts.blend_oof is not None else [],
-    )
-    names += [member.name for member in facts.known]
-    values += [member.oof.values for member in facts.known if member.oof is not None]
-    target, groups = facts.manifest.target, facts.manifest.groups
+    candidates, target = _candidates(facts), facts.manifest.target
+    names, values = list(candidates), list(candidates.values())
+    groups = facts.manifest.groups
     draws = estimate.bootstrap(values, target, groups, facts.metric, REPS, seed) if values else np.empty((0, 0))
     scores = [facts.metric.score(each, target) for each in values]
     table = {name: (scores[place], draws[place]) for place, name in enumerate(names)}
@@ -87,14 +87,15 @@ def analyse(facts: Facts, seed: int = 0) -> dict[str, Any]:
         "higher_is_better": facts.metric.higher_is_better,
         "commit": git_tags()["git.commit"][:10],
         "headline": headline(facts, table),
+        "is_blended": facts.main is not None,
         "said": facts.text.splitlines(),
         "lines": lines[:MOST],
         "hidden": max(0, len(lines) - MOST),
         "page_scale": _span(lines[:MOST]),
         "progress": progress(facts, table),
-        "gains": ablations(facts, table, values),
+        "gains": ablations(facts, table),
         "weights": sorted(facts.weights.items(), key=lambda item: -item[1]),
-        "correlation": correlation(facts, values[-len(facts.known) :] if facts.known else []),
+        "correlation": correlation(facts),
         "boards": on_boards(facts),
         "tuned": facts.tuned[-MOST:],
         "percent": axes.fit([0.0, 100.0]),
@@ -111,17 +112,34 @@ def analyse(facts: Facts, seed: int = 0) -> dict[str, Any]:
     return page
 
 
+def _candidates(facts: Facts) -> dict[str, Array]:
+    """What can be scored on every row, the one that the page shows first: the newest blend, else the best member."""
+    found = {member.name: member.oof.values for member in facts.known if member.oof is not None}
+    if facts.blend_oof is not None:
+        return {BLEND: facts.blend_oof} | found
+    score = {name: facts.metric.sign * facts.metric.score(each, facts.manifest.target) for name, each in found.items()}
+    return {name: found[name] for name in sorted(found, key=lambda name: -score[name])}
+
+
 def headline(facts: Facts, table: dict[str, tuple[float, Array]]) -> dict[str, Any]:
     """The numbers of the first screen."""
     main = facts.main
-    name = facts.metric_name
     found: dict[str, Any] = {"members": float(len(facts.members)), "samples": float(len(facts.manifest.table))}
     if main is not None:
-        found |= main.expected(name) | {"oof": main.number(f"oof/{name}")}
+        score = cross_fitted(facts, main, table)
+        found |= main.expected(facts.metric_name) | dict(zip(("oof", "oof/low", "oof/high"), score, strict=True))
     elif table:
-        sign = 1 if facts.metric.higher_is_better else -1
-        found["oof"] = max((score for score, _ in table.values()), key=lambda score: sign * score)
+        found["oof"] = max((score for score, _ in table.values()), key=lambda score: facts.metric.sign * score)
     return found
+
+
+def cross_fitted(facts: Facts, blended: Blended, table: dict[str, tuple[float, Array]]) -> Interval:
+    """A blend's score of the training rows in the page's metric: as it was logged, else from its predictions."""
+    name = facts.metric_name
+    logged = Interval(*(blended.number(f"oof/{name}{end}") for end in ("", "_low", "_high")))
+    if math.isfinite(logged.value) or blended is not facts.main or BLEND not in table:
+        return logged
+    return estimate.interval(*table[BLEND])
 
 
 def leaderboard(facts: Facts, table: dict[str, tuple[float, Array]]) -> list[Line]:
@@ -131,14 +149,13 @@ def leaderboard(facts: Facts, table: dict[str, tuple[float, Array]]) -> list[Lin
     alike = Counter(map(_kind, facts.blends))
     newest = {_kind(blended): blended for blended in facts.blends}
     for blended in newest.values():
-        value = blended.number(f"oof/{name}")
-        low, high = blended.number(f"oof/{name}_low"), blended.number(f"oof/{name}_high")
+        mine = cross_fitted(facts, blended, table)
         same = blended.manifest_hash == facts.manifest.hash
         lines.append(
             Line(
                 name=f"blend {blended.method}" + (" (newest)" if blended is facts.main else ""),
                 kind="blend",
-                score=Interval(value, low, high) if same and math.isfinite(value) else None,
+                score=mine if same and math.isfinite(mine.value) else None,
                 slots=f"{sum(key.startswith('member/') for key in blended.numbers)} members, views {blended.views}"
                 + (f", newest of {alike[_kind(blended)]} runs" if alike[_kind(blended)] > 1 else ""),
                 when=blended.when,
@@ -158,7 +175,7 @@ def leaderboard(facts: Facts, table: dict[str, tuple[float, Array]]) -> list[Lin
                 weight=facts.weights.get(member.name),
                 slots=f"{len(folds)} folds, {len(seeds)} seed{'s' * (len(seeds) > 1)}",
                 when=member.when,
-                note=member.missing,
+                note=member.missing or member.only,
             )
         )
     sign = -1 if facts.metric.higher_is_better else 1
@@ -166,9 +183,9 @@ def leaderboard(facts: Facts, table: dict[str, tuple[float, Array]]) -> list[Lin
 
 
 def _kind(blended: Blended) -> tuple[str, ...]:
-    """What tells one blend from another: rule, views, data, and who is in it."""
+    """What tells one blend from another: rule, views, data, what it was judged by, and who is in it."""
     within = sorted(key for key in blended.numbers if key.startswith("member/"))
-    return blended.method, blended.views, blended.manifest_hash, *within
+    return blended.method, blended.views, blended.manifest_hash, blended.tags.get("metric", ""), *within
 
 
 def _span(lines: Sequence[Line]) -> axes.Axis:
@@ -192,8 +209,9 @@ def progress(facts: Facts, table: dict[str, tuple[float, Array]]) -> dict[str, A
         if member.name in table and member.when:
             points["member"].append((member.when, table[member.name][0]))
     for blended in facts.blends:
-        if blended.manifest_hash == facts.manifest.hash and math.isfinite(blended.number(f"oof/{name}")):
-            points["blend"].append((blended.when, blended.number(f"oof/{name}")))
+        score = cross_fitted(facts, blended, table).value
+        if blended.manifest_hash == facts.manifest.hash and math.isfinite(score):
+            points["blend"].append((blended.when, score))
         value, low, high, _ = blended.expected(name).values()
         if math.isfinite(value):
             points["estimate"].append((blended.when, value))
@@ -227,23 +245,21 @@ def _running_best(points: Sequence[tuple[float, float]], higher_is_better: bool)
     return [*best, (98.0, best[-1][1])] if best else []
 
 
-def ablations(facts: Facts, table: dict[str, tuple[float, Array]], values: Sequence[Array]) -> dict[str, Any]:
+def ablations(facts: Facts, table: dict[str, tuple[float, Array]]) -> dict[str, Any]:
     """Paired comparisons: the blend against simpler choices and without each member, and recipes against each other."""
     rows: list[tuple[str, str, Gain]] = []
-    by_name = dict(zip(table, values, strict=True))
     target, groups, metric = facts.manifest.target, facts.manifest.groups, facts.metric
-    experts = {member.name for member in facts.members if member.is_expert}
-    within = [name for name in facts.weights if name in by_name and name not in experts]
-    if "blend" in by_name and facts.main is not None and len(within) > 1:
+    if facts.blend_oof is not None and facts.main is not None and len(facts.within) > 1:
         fold = facts.manifest.fold
-        stacked = np.stack([by_name[name] for name in within])
+        stacked = np.stack(list(facts.within.values()))
         rivals: dict[str, Array] = {"the plain mean": stacked.mean(axis=0)}
         rivals["the best single member"] = estimate.best_single(stacked, target, fold, metric)
         method = "auto" if facts.main.method.startswith("auto: ") else facts.main.method
-        for place, name in enumerate(within[:12] if method in METHODS else []):  # weights by hand are of all of them
+        some = list(facts.within)[:12] if method in METHODS else []  # weights by hand are of all of them
+        for place, name in enumerate(some):
             rest = np.delete(stacked, place, axis=0)
             rivals[f"without {name}"] = estimate.cross_fit(method, rest, target, fold, metric).values
-        everyone = [by_name["blend"], *rivals.values()]
+        everyone = [facts.blend_oof, *rivals.values()]
         draws = estimate.bootstrap(everyone, target, groups, metric, REPS)
         scores = [metric.score(each, target) for each in everyone]
         for place, name in enumerate(rivals, start=1):
@@ -260,9 +276,10 @@ def ablations(facts: Facts, table: dict[str, tuple[float, Array]], values: Seque
     return {"rows": rows, "axis": axes.fit(bounds, include=[0.0])}
 
 
-def correlation(facts: Facts, values: Sequence[Array]) -> dict[str, Any] | None:
+def correlation(facts: Facts) -> dict[str, Any] | None:
     """How alike members err: the correlation of their losses, row by row."""
-    if len(facts.known) < 2:
+    values = [member.oof.values for member in facts.known if member.oof is not None]
+    if len(values) < 2:
         return None
     target = facts.manifest.target
     rows = []
@@ -271,7 +288,8 @@ def correlation(facts: Facts, values: Sequence[Array]) -> dict[str, Any] | None:
             rows.append(-np.log(each[np.arange(len(target)), target].clip(1e-7)))
         else:
             rows.append(np.sqrt(np.nanmean((each - target) ** 2, axis=(1, 2))))
-    table = np.corrcoef(np.nan_to_num(np.array(rows)))
+    with np.errstate(invalid="ignore"):  # the same loss on every row correlates with nothing
+        table = np.corrcoef(np.nan_to_num(np.array(rows)))
     wrong = None
     if facts.manifest.task == "classify":
         missed = np.array([each.argmax(axis=1) != target for each in values[:MOST]])
@@ -280,37 +298,36 @@ def correlation(facts: Facts, values: Sequence[Array]) -> dict[str, Any] | None:
 
 
 def risk(facts: Facts, names: Sequence[str], values: Sequence[Array], seed: int) -> dict[str, Any]:
-    """Accuracy against the share of rows kept, surest first; and public minus private by chance."""
+    """Accuracy against the share of rows kept, surest first; and public minus private by chance, if it has a score."""
     target, probs = facts.manifest.target, values[0]
     right = (probs.argmax(axis=1) == target)[np.argsort(-probs.max(axis=1), kind="stable")]
     kept = np.unique(np.linspace(max(1, len(right) // 50), len(right), 60).astype(int))
     curve = [(100 * count / len(right), float(right[:count].mean())) for count in kept]
+    found = {
+        "curve": curve,
+        "axis": axes.fit([accuracy for _, accuracy in curve], include=[1.0]),
+        "unsure": float((probs.max(axis=1) < 0.5).mean()),
+    }
+    return found | _public_board(facts, names[:4], values[:4], seed)
+
+
+def _public_board(facts: Facts, names: Sequence[str], values: Sequence[Array], seed: int) -> dict[str, Any]:
     share = float(facts.main.settings.get("public_share", 0.3)) if facts.main else 0.3
-    some = slice(0, 4)
-    truth = np.eye(probs.shape[1], dtype=np.float32)[target]
+    truth = np.eye(len(facts.manifest.classes), dtype=np.float32)[facts.manifest.target]
     worlds = shakeup.draw(
-        list(values[some]),
-        list(names[some]),
-        truth,
-        facts.metric,
-        share,
-        facts.manifest.groups,
-        resample=True,
-        reps=400,
-        seed=seed,
+        values, names, truth, facts.metric, share, facts.manifest.groups, resample=True, reps=400, seed=seed
     )
+    if worlds is None:
+        return {"gap": None, "flips": []}
     gap = worlds.public[0] - worlds.private[0]
     counts, edges = np.histogram(gap, bins=24)
     return {
-        "curve": curve,
-        "axis": axes.fit([accuracy for _, accuracy in curve], include=[1.0]),
         "share": share,
         "gap": worlds.gap,
         "bars": list(zip(edges[:-1].tolist(), edges[1:].tolist(), (counts / counts.max()).tolist(), strict=True)),
         "gap_axis": axes.fit(edges.tolist(), include=[0.0]),
         "flips": [(name, worlds.flips(0, place)) for place, name in enumerate(worlds.names) if place],
         "regret": worlds.regret,
-        "unsure": float((probs.max(axis=1) < 0.5).mean()),
     }
 
 
@@ -360,11 +377,13 @@ def on_boards(facts: Facts) -> dict[str, Any]:
         rows.append(
             {"score": score, "has_estimate": math.isfinite(score.estimate), "inside": score.low <= truth <= score.high}
         )
-    bounds = [bound for score in told for bound in (score.low, score.high, score.public, score.private)]
+    shown = told[-MOST:]
+    bounds = [bound for score in shown for bound in (score.low, score.high, score.public, score.private)]
     pairs = [(score.public, score.private) for score in told]
     both = [(public, private) for public, private in pairs if math.isfinite(public) and math.isfinite(private)]
     return {
-        "rows": rows[:MOST],
+        "rows": rows[-MOST:],
+        "hidden": len(rows) - len(shown),
         "axis": axes.fit(bounds),
         "inside": sum(row["inside"] for row in rows),
         "judged": sum(row["has_estimate"] for row in rows),

@@ -43,6 +43,8 @@ def told(competition: str) -> list[str]:
         [oof.values for _, oof in oofs], table.target, table.groups, metric, public, len(test.table),
         float(newest.settings.get("public_share", 0.3)),
     )  # fmt: skip
+    if belief is None:
+        return []
     one, other = finals.best_two(belief)
     names = [_name(blended) for blended, _ in oofs]
     best = int(np.nanargmax(metric.sign * public))

@@ -62,20 +62,26 @@ def collect(config: Report) -> Facts:
     """Read the competition back from MLflow.
 
     Raises:
-        UserError: the manifest is missing, or the metric is of the other task.
+        UserError: the manifest is missing or that of the test images, or the metric is of the other task.
     """
     table = manifest.read(config.manifest or ROOT / "data" / config.competition / "manifest.csv")
+    if not table.is_labelled or "fold" not in table.table:
+        raise UserError(
+            table.file, expected="the manifest of the training images, with labels and folds", got="one without (test?)"
+        )
     blends = chronicle.blends(config.competition)
     main = next((blended for blended in reversed(blends) if blended.manifest_hash == table.hash), None)
     name = _metric(config, main, table.task)
     views = chronicle.common_views(config.competition, main.views if main else "")
     oof = chronicle.blend_oof(main, table) if main else None
+    members = chronicle.members(config.competition, table, views)
+    within = chronicle.blended_members(main, table, members) if main else {}
     return Facts(
         competition=config.competition,
         manifest=table,
         metric_name=name,
         metric=METRICS[name],
-        members=chronicle.members(config.competition, table, views),
+        members=members,
         blends=blends,
         tuned=chronicle.studies(config.competition),
         probed=chronicle.probes(config.competition),
@@ -84,4 +90,5 @@ def collect(config: Report) -> Facts:
         blend_oof=oof.values if oof is not None else None,
         weights=chronicle.blend_weights(main) if main else {},
         text=chronicle.blend_text(main, "report.txt") if main else "",
+        within={name: own.values for name, own in within.items()},
     )

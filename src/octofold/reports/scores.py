@@ -43,15 +43,19 @@ def read_history(path: Path | str) -> list[Score]:
     """Read a CSV of past submissions.
 
     Raises:
-        UserError: no file, missing columns, a score that is no number, or one file named twice with different scores.
+        UserError: no file, not UTF-8, missing columns, a score that is no number, or one file named twice with
+            different scores.
     """
     path = existing(path, "a CSV of past submissions")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in COLUMNS[1:4] if name not in (reader.fieldnames or [])]
-        if missing:
-            raise UserError(path, expected=f"columns {', '.join(COLUMNS)}", got=f"no {preview(missing)}")
-        rows = list(reader)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            rows, names = list(reader), reader.fieldnames or []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(path, expected="a CSV of past submissions, in UTF-8", got=str(error)) from error
+    missing = [name for name in COLUMNS[1:4] if name not in names]
+    if missing:
+        raise UserError(path, expected=f"columns {', '.join(COLUMNS)}", got=f"no {preview(missing)}")
     found: dict[str, Score] = {}
     for line, row in enumerate(rows, start=2):
         score = Score(
@@ -117,7 +121,7 @@ def told(scores: Sequence[Score], sign: float = 1.0) -> list[str]:
 
     Args:
         scores: what was recorded.
-        sign: 1 where higher is better, -1 where lower is.
+        sign: 1 where higher is better, -1 where lower is, 0 where nobody knows: then nothing is called the best.
     """
     order = sorted(scores, key=lambda s: [-sign * v if math.isfinite(v) else math.inf for v in (s.private, s.public)])
     lines = [f"{'submission':32} {'public':>9} {'private':>9} {'estimate':>9}  interval"]
@@ -136,6 +140,8 @@ def told(scores: Sequence[Score], sign: float = 1.0) -> list[str]:
         lines.append(
             f"The best public score ({public_best.public:.5f}, {public_best.submission}) is number {beaten + 1} of "
             f"{len(both)} on the private board."
+            if sign
+            else "Nothing is blended here, so nobody knows which score is the best: name the board's by --metric."
         )
     if "estimate_error" in found:
         lines.append(

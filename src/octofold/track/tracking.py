@@ -230,6 +230,9 @@ class Run:
 
     def log_figure(self, figure: Any, name: str) -> None:
         """Upload a matplotlib figure as the picture `name`."""
+        from octofold.plots import literal
+
+        literal(figure)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / Path(name).name
             figure.savefig(path, bbox_inches="tight")
