@@ -92,6 +92,32 @@ def test_gc_finds_rubbish_and_nothing_else(mlruns: Path, filled: dict[str, str])
     assert {item.run_id for item in found} == {"", filled["loose"]}
 
 
+def test_gc_leaves_deleted_experiments_and_what_lies_elsewhere(
+    mlruns: Path, filled: dict[str, str], tmp_path: Path
+) -> None:
+    api = tracking.client()
+    elsewhere = api.create_experiment("elsewhere", artifact_location=(tmp_path / "outside").as_uri())
+    theirs = api.create_run(elsewhere).info.run_id
+    api.log_text(theirs, "mine", "file.txt")
+    for run_id in (theirs, filled["loose"]):
+        api.delete_run(run_id)
+    api.delete_experiment(api.get_experiment_by_name("pets").experiment_id)
+    found = storage.rubbish()
+    assert {item.run_id for item in found} == {filled["loose"]}
+    storage.remove(found)
+    assert tracking.get_run(filled["registered"]).artifact_uri
+    assert tracking.get_run(theirs).artifact_uri
+    assert list((tmp_path / "outside").rglob("file.txt"))
+
+
+def test_gc_leaves_a_run_that_was_restored_after_the_listing(filled: dict[str, str]) -> None:
+    tracking.client().delete_run(filled["loose"])
+    found = storage.rubbish()
+    tracking.client().restore_run(filled["loose"])
+    assert storage.remove(found) == 0
+    assert tracking.download(filled["loose"], "model").exists()
+
+
 @pytest.mark.slow
 def test_gc_removes_it(mlruns: Path, filled: dict[str, str]) -> None:
     tracking.client().delete_run(filled["loose"])

@@ -6,8 +6,6 @@ MLflow writes absolute paths into its database. `relocate` rewrites them, and on
 import logging
 import shutil
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -69,7 +67,7 @@ def relocate(old: str = "", dry: bool = False) -> dict[str, int]:
     file = database(uri())
     if not file.exists():
         raise UserError(file, expected="the store that was moved here", got="no such file")
-    here = file.parent if file.parent.name == "mlruns" else file.parent / "mlruns"
+    here = _home(file)
     with locked(lock_file(uri())), closing(sqlite3.connect(file, timeout=60)) as base:
         before = _as_folder(old) if old else _old_place(base, here)
         if before is None or before == here:
@@ -92,6 +90,11 @@ def relocate(old: str = "", dry: bool = False) -> dict[str, int]:
             f"--old {old}", expected="the folder mlruns stood in before", got="nothing in the store is there"
         )
     return changed
+
+
+def _home(file: Path) -> Path:
+    """The `mlruns` folder in which a sqlite store keeps its artifacts (see `store.artifact_root`)."""
+    return file.parent if file.parent.name == "mlruns" else file.parent / "mlruns"
 
 
 def _as_folder(text: str) -> Path:
@@ -127,14 +130,15 @@ def _old_place(base: sqlite3.Connection, here: Path) -> Path | None:
 def rubbish(work_days: float = 7.0) -> list[Rubbish]:
     """List what nothing refers to, biggest first; nothing is removed.
 
-    Runs deleted in MLflow that no registered version comes from; artifact folders of runs the store does not know;
-    downloaded models that no version has; unfinished trainings untouched for `work_days` days.
+    Runs deleted in MLflow that no registered version comes from, if their artifacts are in ``mlruns/``; artifact
+    folders of runs the store does not know; downloaded models that no version has; unfinished trainings untouched for
+    `work_days` days.
     """
     if not uri().startswith("sqlite"):
         raise UserError(
             "gc", expected="a local sqlite store", got="a server", fix="run `mlflow gc` where the server runs"
         )
-    api = tracking.client()
+    api, mlruns = tracking.client(), _home(database(uri()))
     listed = pages(lambda token: api.search_experiments(view_type=_ALL, page_token=token))
     ids = [experiment.experiment_id for experiment in listed]
     runs = pages(lambda token: api.search_runs(ids, run_view_type=_ALL, max_results=1000, page_token=token))
@@ -145,8 +149,8 @@ def rubbish(work_days: float = 7.0) -> list[Rubbish]:
         for run in runs
         if run.info.lifecycle_stage == "deleted" and run.info.run_id not in needed
         for folder in [_local(run.info.artifact_uri)]
+        if folder.is_relative_to(mlruns)
     ]
-    mlruns = database(uri()).parent
     known = {run.info.run_id for run in runs}
     for folder in sorted(mlruns.glob("artifacts/*/*")):
         if folder.is_dir() and len(folder.name) == 32 and folder.name not in known:
@@ -165,17 +169,22 @@ def _stale(work: Path, days: float) -> Iterator[Rubbish]:
 
 
 def remove(items: Sequence[Rubbish]) -> int:
-    """Remove rubbish: folders, and deleted runs by MLflow's own gc, rows and all; return the bytes freed."""
-    runs = [item.run_id for item in items if item.run_id]
-    if runs:
-        command = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", uri(), "--run-ids", ",".join(runs)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError("mlflow gc", expected="to remove deleted runs", got=done.stderr.strip()[-500:])
+    """Remove rubbish: folders, and deleted runs, rows and all; return the bytes freed.
+
+    ``mlflow gc --run-ids`` would also purge every deleted experiment, with runs that registered versions come from.
+    """
+    api = tracking.client()
+    freed = 0
     for item in items:
+        if item.run_id:
+            if api.get_run(item.run_id).info.lifecycle_stage != "deleted":
+                log.info("left %s: its run was restored meanwhile", item.path)
+                continue
+            api._tracking_client.store._hard_delete_run(item.run_id)
         shutil.rmtree(item.path, ignore_errors=True)
+        freed += item.bytes
         log.info("removed %s (%s)", item.path, item.why)
-    return sum(item.bytes for item in items)
+    return freed
 
 
 def _local(address: str) -> Path:
