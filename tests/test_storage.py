@@ -86,6 +86,7 @@ def test_gc_finds_rubbish_and_nothing_else(mlruns: Path, filled: dict[str, str])
     os.utime(work[0] / "file", (0, 0))
     for run_id in filled.values():
         tracking.client().delete_run(run_id)  # the registered one is still needed
+    (mlruns / "work" / "pets" / "tiny" / "f2.s0").mkdir()  # made just now, and nothing in it yet
     found = storage.rubbish()
     loose = mlruns / "artifacts" / "pets" / filled["loose"]
     assert {item.path for item in found} == {unknown, work[0], cached, loose}
@@ -110,6 +111,36 @@ def test_gc_leaves_deleted_experiments_and_what_lies_elsewhere(
     assert list((tmp_path / "outside").rglob("file.txt"))
 
 
+def test_gc_knows_the_runs_of_other_stores_in_the_same_folder(
+    mlruns: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(empty_store, mlruns.parent / "second.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{mlruns.parent / 'second.db'}")
+    for competition in ("pets", "birds"):
+        with tracking.run("train.slot", None, competition) as run:
+            run.log_text("weights", "model/model.json")
+    assert Path(tracking.download(run.id, "model")).is_relative_to(mlruns)
+    assert storage.rubbish() == []
+    _use(monkeypatch, mlruns)
+    tracking.experiment("pets")
+    assert storage.rubbish() == []
+    (mlruns.parent / "second.db").unlink()
+    (found,) = storage.rubbish()
+    assert found.path.parent == mlruns / "artifacts" / "pets"
+
+
+def test_gc_leaves_a_run_that_began_while_it_looked(mlruns: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(prefix: str) -> list[object]:
+        with tracking.run("train.slot", None, "pets") as run:
+            run.log_text("weights", "model/model.json")
+        return real(prefix)
+
+    real = versions.registered_models
+    tracking.experiment("pets")
+    monkeypatch.setattr(versions, "registered_models", slow)
+    assert storage.rubbish() == []
+
+
 def test_gc_leaves_a_run_that_was_restored_after_the_listing(filled: dict[str, str]) -> None:
     tracking.client().delete_run(filled["loose"])
     found = storage.rubbish()
@@ -132,6 +163,8 @@ def test_gc_removes_it(mlruns: Path, filled: dict[str, str]) -> None:
 @pytest.mark.slow
 def test_the_commands_keep_a_record_of_what_they_did(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     mlruns = house.home / "mlruns"
+    _use(monkeypatch, mlruns)
+    tracking.experiment("pets")
     unknown = mlruns / "artifacts" / "pets" / ("0" * 32)
     unknown.mkdir(parents=True)
     (unknown / "file").write_text("something")

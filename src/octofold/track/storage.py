@@ -3,6 +3,7 @@
 MLflow writes absolute paths into its database. `relocate` rewrites them, and only them, in one transaction.
 """
 
+import contextlib
 import logging
 import shutil
 import sqlite3
@@ -131,14 +132,17 @@ def rubbish(work_days: float = 7.0) -> list[Rubbish]:
     """List what nothing refers to, biggest first; nothing is removed.
 
     Runs deleted in MLflow that no registered version comes from, if their artifacts are in ``mlruns/``; artifact
-    folders of runs the store does not know; downloaded models that no version has; unfinished trainings untouched for
-    `work_days` days.
+    folders of this store's experiments whose run it does not know; downloaded models that no version has; unfinished
+    trainings untouched for `work_days` days.
     """
     if not uri().startswith("sqlite"):
         raise UserError(
             "gc", expected="a local sqlite store", got="a server", fix="run `mlflow gc` where the server runs"
         )
     api, mlruns = tracking.client(), _home(database(uri()))
+    # Folders before runs and versions, or what is begun meanwhile looks unknown.
+    folders = [folder for folder in sorted(mlruns.glob("artifacts/*/*")) if folder.is_dir() and len(folder.name) == 32]
+    cached = sorted(mlruns.glob("cache/*"))
     listed = pages(lambda token: api.search_experiments(view_type=_ALL, page_token=token))
     ids = [experiment.experiment_id for experiment in listed]
     runs = pages(lambda token: api.search_runs(ids, run_view_type=_ALL, max_results=1000, page_token=token))
@@ -151,20 +155,30 @@ def rubbish(work_days: float = 7.0) -> list[Rubbish]:
         for folder in [_local(run.info.artifact_uri)]
         if folder.is_relative_to(mlruns)
     ]
-    known = {run.info.run_id for run in runs}
-    for folder in sorted(mlruns.glob("artifacts/*/*")):
-        if folder.is_dir() and len(folder.name) == 32 and folder.name not in known:
+    known = {run.info.run_id for run in runs} | _runs_beside(mlruns)
+    ours = {item.artifact_location for item in listed}
+    for folder in folders:
+        if folder.name not in known and folder.parent.as_uri() in ours:
             found.append(Rubbish(folder, "artifacts of a run that is not in the store", _size(folder)))
-    for folder in sorted(mlruns.glob("cache/*")):
+    for folder in cached:
         if folder.name not in shas:
             found.append(Rubbish(folder, "downloaded model of no version", _size(folder)))
     return sorted([*found, *_stale(mlruns / "work", work_days)], key=lambda item: -item.bytes)
 
 
+def _runs_beside(mlruns: Path) -> set[str]:
+    """Runs of every sqlite store that keeps its artifacts in this `mlruns` (see `_home`)."""
+    found: set[str] = set()
+    for file in {*mlruns.glob("*.db"), *mlruns.parent.glob("*.db")}:
+        with contextlib.suppress(sqlite3.DatabaseError), closing(sqlite3.connect(file, timeout=60)) as base:
+            found |= {row[0] for row in base.execute("SELECT run_uuid FROM runs")}
+    return found
+
+
 def _stale(work: Path, days: float) -> Iterator[Rubbish]:
     for folder in sorted(work.glob("*/*/*")):
         files = [path.stat().st_mtime for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
-        if folder.is_dir() and time.time() - max(files, default=0.0) > days * 86400:
+        if folder.is_dir() and time.time() - max(files, default=folder.stat().st_mtime) > days * 86400:
             yield Rubbish(folder, f"unfinished training, untouched for {days:g} days", _size(folder))
 
 
