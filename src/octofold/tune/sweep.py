@@ -32,7 +32,7 @@ from octofold.nets import models
 from octofold.nets.tasks import make_task
 from octofold.recipe import Model, Recipe
 from octofold.track import tracking
-from octofold.train import checkpoint, training
+from octofold.train import checkpoint, origin, training
 from octofold.tune import space, studies, trials, tuning
 from octofold.tune.trials import Attempt, Plan, Record, Verdict
 from octofold.workers import Job
@@ -239,7 +239,9 @@ class Sweep:
     def _train(self, attempt: Attempt, fold: int, seed: int, run: tracking.Run, seen: set[int]) -> float:
         views, metric = self.config.views, self.plan.context["metric"]
         recipe = attempt.recipe.model_copy(update={"tta": views})
-        folder = self._folder(attempt, recipe, fold, seed)
+        start = origin.find(recipe, fold, seed)
+        origin.check(recipe, self.table, fold, start)
+        folder = self._folder(attempt, recipe, fold, seed, start)
         last = sum(phase.epochs for phase in recipe.phases) - 1
         # Averaged weights are made, and a broken-off training's earlier epochs are known, only at the very end.
         is_short = views == "none" and recipe.average.kind != "swa" and not folder.exists()
@@ -256,7 +258,7 @@ class Sweep:
                 raise _Enough
 
         try:
-            result = training.train_slot(recipe, self.table, fold, seed, folder, report, self.devices)
+            result = training.train_slot(recipe, self.table, fold, seed, folder, report, self.devices, start)
             score = result.metrics[f"oof.{views}/{metric}"]
         except _Enough:
             values = [metrics[f"valid/{metric}"] for metrics in history]
@@ -270,13 +272,13 @@ class Sweep:
         shutil.rmtree(folder)
         return score
 
-    def _folder(self, attempt: Attempt, recipe: Recipe, fold: int, seed: int) -> Path:
+    def _folder(self, attempt: Attempt, recipe: Recipe, fold: int, seed: int, start: Path | None) -> Path:
         """Where a slot keeps its checkpoint; a broken-off training of other code or settings is thrown away."""
         work = ROOT / "mlruns" / "work" / self.table.competition / f"tune.{_safe(self.name)}"
         folder = work / f"{attempt.purpose}{attempt.notes['key']}.f{fold}.s{seed}"
         try:
             if folder.exists():
-                checkpoint.claim(folder, checkpoint.identity(recipe, self.table.hash, fold, seed))
+                checkpoint.claim(folder, checkpoint.identity(recipe, self.table.hash, fold, seed, start))
         except UserError:
             shutil.rmtree(folder)
         return folder
