@@ -22,6 +22,7 @@ from octofold.data.manifest import Manifest
 from octofold.errors import UserError
 from octofold.nets import models
 from octofold.recipe import Model, Recipe
+from octofold.train import training
 from octofold.tune import sweep
 from world import make_world
 
@@ -49,6 +50,7 @@ import os, signal, sys
 sys.argv[0] = "tune.py"
 sys.path.insert(0, {str(REPOSITORY / "entrypoints")!r})
 from octofold import commands, config
+from octofold.train import training
 from octofold.tune import sweep
 from octofold.train import training
 begun = []
@@ -190,3 +192,29 @@ def test_weights_that_saw_the_held_out_rows_are_no_start(table: Manifest, tmp_pa
         tune(table, {"model": model}, study="leaks")
     found = tune(table, {"model": model | {"weights": str(tmp_path / "f{fold}")}}, study="sound", folds=[0, 1])
     assert found["slots"] == 2
+
+
+@pytest.mark.parametrize("average", ["none", "swa"])
+def test_without_views_the_last_validation_is_the_score_whatever_select_says(
+    table: Manifest, monkeypatch: pytest.MonkeyPatch, average: str
+) -> None:
+    seen: list[dict[str, float]] = []
+    chosen: list[str] = []
+
+    def train_slot(recipe: Recipe, *rest: Any) -> training.SlotResult:
+        chosen.append(recipe.select)
+        told = rest[4]
+
+        def report(epoch: int, metrics: dict[str, float]) -> None:
+            seen.append(metrics | {"valid/accuracy": 0.9 - epoch / 10})
+            told(epoch, seen[-1])
+
+        return real(recipe, *rest[:4], report, *rest[5:])
+
+    real = training.train_slot
+    monkeypatch.setattr(training, "train_slot", train_slot)
+    recipe = {"phases": [{"epochs": 3}], "select": "best", "average": {"kind": average, "start_epoch": 1}}
+    found = tune(table, recipe)
+    assert chosen == ["last"]
+    assert len(seen) == 3
+    assert average == "swa" or found["search/best"] == pytest.approx(0.7)

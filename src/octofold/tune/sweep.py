@@ -238,7 +238,8 @@ class Sweep:
 
     def _train(self, attempt: Attempt, fold: int, seed: int, run: tracking.Run, seen: set[int]) -> float:
         views, metric = self.config.views, self.plan.context["metric"]
-        recipe = attempt.recipe.model_copy(update={"tta": views})
+        changes = {"tta": views} | ({"select": "last"} if views == "none" else {})  # a maximum over epochs flatters
+        recipe = attempt.recipe.model_copy(update=changes)
         start = origin.find(recipe, fold, seed)
         origin.check(recipe, self.table, fold, start)
         folder = self._folder(attempt, recipe, fold, seed, start)
@@ -261,9 +262,7 @@ class Sweep:
             result = training.train_slot(recipe, self.table, fold, seed, folder, report, self.devices, start)
             score = result.metrics[f"oof.{views}/{metric}"]
         except _Enough:
-            values = [metrics[f"valid/{metric}"] for metrics in history]
-            best = max(values) if self.plan.higher_is_better[0] else min(values)
-            score = values[-1] if recipe.select == "last" else best
+            score = history[-1][f"valid/{metric}"]
         except KeyboardInterrupt:
             raise
         except Exception:
