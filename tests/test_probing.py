@@ -120,6 +120,9 @@ def test_arms_are_the_recipe_with_one_field_at_each_value(tmp_path: Path) -> Non
     other = tmp_path / "b.yaml"
     other.write_text("member: b\nseeds: [0]\n")
     assert [(arm.member, arm.seeds) for arm in arms(base, "", [], [other])] == [("m", [3]), ("b", [3])]
+    other.write_text("member: b\noverfit: 1\n")
+    with pytest.raises(UserError, match="rows trained on"):
+        arms(base, "", [], [other])
 
 
 @pytest.mark.parametrize(
@@ -131,6 +134,7 @@ def test_arms_are_the_recipe_with_one_field_at_each_value(tmp_path: Path) -> Non
         ("optim.lr", ["1e-3", "-1"], "greater than 0"),
         ("", [], "--others"),
         ("optim.lr", ["1e-3", "1e-3"], "different member names"),
+        ("overfit", ["0", "1"], "rows trained on"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(field: str, values: list[str], words: str) -> None:

@@ -218,3 +218,8 @@ def test_without_views_the_last_validation_is_the_score_whatever_select_says(
     assert chosen == ["last"]
     assert len(seen) == 3
     assert average == "swa" or found["search/best"] == pytest.approx(0.7)
+
+
+def test_a_recipe_that_overfits_is_no_base(table: Manifest) -> None:
+    with pytest.raises(UserError, match=r"recipe\.overfit"):
+        tune(table, {"overfit": 1})

@@ -127,10 +127,6 @@ def arms(base: Recipe, field: str, values: Sequence[str], others: Sequence[Any])
     Raises:
         UserError: nothing to compare, an unknown field or value, or two arms of one name.
     """
-    if base.overfit:
-        raise UserError(
-            "probe", expected="overfit: 0, since nothing is compared on rows trained on", got=str(base.overfit)
-        )
     if bool(field) == bool(others) or (field and len(values) < 2):
         raise UserError(
             "probe",
@@ -143,6 +139,10 @@ def arms(base: Recipe, field: str, values: Sequence[str], others: Sequence[Any])
         paths = [existing(path, "a recipe (YAML)") for path in others]
         found = [base, *(config.build(Recipe, config.read_yaml(path), path) for path in paths)]
         found = [arm.model_copy(update={"folds": base.folds, "seeds": base.seeds, "tta": base.tta}) for arm in found]
+    for arm in found:
+        if arm.overfit:
+            expected = "overfit: 0, since nothing is compared on rows trained on"
+            raise UserError(f"probe: {arm.member}", expected=expected, got=str(arm.overfit))
     names = [arm.member for arm in found]
     if len(set(names)) < len(names):
         raise UserError("probe", expected="arms with different member names", got=preview(names, 12))

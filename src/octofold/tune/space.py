@@ -20,8 +20,8 @@ from octofold.config import Section, build
 from octofold.errors import UserError
 from octofold.recipe import Recipe
 
-FIXED = ("member", "metric", "folds", "seeds")
-"""Fields that say what is measured: searching them would pick a kinder yardstick, not a better recipe."""
+FIXED = ("member", "metric", "folds", "seeds", "overfit", "classes", "select", "tta", "runtime")
+"""Fields that say what is measured, or how fast: searching them would pick a kinder yardstick, not a better recipe."""
 
 Values = dict[str, Any]
 

@@ -28,12 +28,12 @@ from octofold.data.manifest import Manifest
 from octofold.errors import UserError
 from octofold.files import ROOT, existing, write_text
 from octofold.metrics import METRICS, fingerprint
-from octofold.nets import models
 from octofold.nets.tasks import make_task
 from octofold.recipe import Model, Recipe
 from octofold.track import tracking
 from octofold.train import checkpoint, origin, training
 from octofold.tune import space, studies, trials, tuning
+from octofold.tune.speed import inference_ms
 from octofold.tune.trials import Attempt, Plan, Record, Verdict
 from octofold.workers import Job
 
@@ -125,6 +125,9 @@ def plan_of(config: Tune, table: Manifest) -> Plan:
         UserError: a recipe, space, fold, view or metric that does not fit.
     """
     base = _recipe_of(config.recipe)
+    if base.overfit:
+        expected = "0, since nothing is searched on rows trained on"
+        raise UserError("recipe.overfit", expected=expected, got=str(base.overfit))
     task = make_task(table.task, table.classes, table.info.get("swap"))
     task.check_views(config.views)
     metric = training.metric_of(base, task)
@@ -232,7 +235,7 @@ class Sweep:
             score = self._train(attempt, fold, seed, run, seen)
             values = {"score": score}
             if "inference_ms" in self.plan.objectives:
-                values["inference_ms"] = self._inference_ms(attempt.recipe.model)
+                values["inference_ms"] = self._speed(attempt.recipe.model)
             run.log_metrics(values)
         return [values[name] for name in self.plan.objectives]
 
@@ -282,19 +285,9 @@ class Sweep:
             shutil.rmtree(folder)
         return folder
 
-    def _inference_ms(self, model: Model) -> float:
-        """Milliseconds per image and view, forward pass only: the median of nine batches of eight."""
+    def _speed(self, model: Model) -> float:
         if model not in self.speeds:
-            outputs = make_task(self.table.task, self.table.classes).outputs
-            net = models.build(model, outputs, load_weights=False).to(self.devices.device).eval()
-            images = torch.zeros(8, 3, model.input_size, model.input_size, device=self.devices.device)
-            taken = []
-            with torch.inference_mode():
-                for _ in range(12):
-                    begun = time.perf_counter()
-                    float(net(images).sum())  # reading the number waits for the device
-                    taken.append(time.perf_counter() - begun)
-            self.speeds[model] = float(np.median(taken[3:])) / 8 * 1000
+            self.speeds[model] = inference_ms(model, self.table, self.devices)
         return self.speeds[model]
 
     # ---- the end ----------------------------------------------------------------------------------------------------
