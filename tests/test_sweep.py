@@ -223,3 +223,25 @@ def test_without_views_the_last_validation_is_the_score_whatever_select_says(
 def test_a_recipe_that_overfits_is_no_base(table: Manifest) -> None:
     with pytest.raises(UserError, match=r"recipe\.overfit"):
         tune(table, {"overfit": 1})
+
+
+def test_a_killed_trial_takes_nothing_from_an_earlier_study_of_its_name(
+    table: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[float] = []
+
+    def train_slot(recipe: Recipe, *rest: Any) -> training.SlotResult:
+        trained.append(recipe.optim.lr)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return real(recipe, *rest)
+
+    real = training.train_slot
+    monkeypatch.setattr(training, "train_slot", train_slot)
+    first = tune(table, {"optim": {"lr": 1e-2}})
+    (table.images.parent / "mlruns" / "optuna.db").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        tune(table, {"optim": {"lr": 1e-4}})
+    second = tune(table, {"optim": {"lr": 1e-4}})
+    assert trained == [1e-2, 1e-4, 1e-4]
+    assert second["run_id"] != first["run_id"]

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -138,6 +139,7 @@ def open_study(name: str, storage: RDBStorage, plan: Plan) -> Study:
     )
     now, before = plan.describe(), _renewed(study.user_attrs.get("plan"))
     if before is None:
+        study.set_user_attr("token", uuid.uuid4().hex)
         study.set_user_attr("plan", now)
     elif before != now:
         changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
@@ -153,6 +155,12 @@ def open_study(name: str, storage: RDBStorage, plan: Plan) -> Study:
     if all(trial.state == TrialState.FAIL for trial in base):
         study.enqueue_trial(plan.space.values_of(plan.space.base), user_attrs={"base": True})
     return study
+
+
+def tags_of(study: Study) -> dict[str, str]:
+    """Return the tags that tell a study's runs from those of an earlier study of its name."""
+    token = study.user_attrs.get("token")  # studies begun before there were tokens have none
+    return {"study": study.study_name, **({"study.token": token} if token else {})}
 
 
 def _renewed(plan: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -66,9 +66,9 @@ def tune(config: Tune) -> dict[str, Any]:
     study = studies.open_study(name, storage, plan)
     for known in config.warm_start:
         _warm(study, plan, storage, known)
-    tags = {"study": name, "manifest_hash": table.hash, "member": plan.space.base.member}
+    tags = studies.tags_of(study) | {"manifest_hash": table.hash, "member": plan.space.base.member}
     tags |= fingerprint(plan.space.base.metric)
-    before = tracking.find_runs(table.competition, {"study": name, "entry": "tune"})
+    before = tracking.find_runs(table.competition, studies.tags_of(study) | {"entry": "tune"})
     resume = before[-1].id if before else None
     with tracking.run("tune", config, table.competition, name, tags, resume_id=resume) as parent:
         parent.log_dataset(table.table, table.competition, "training", str(table.file))
@@ -206,8 +206,7 @@ class Sweep:
         run.log_text(trials.recipe_text(recipe, recipe.member, []), "recipe.yaml")
 
     def _tags(self, attempt: Attempt) -> dict[str, str]:
-        return {
-            "study": self.name,
+        return studies.tags_of(self.study) | {
             "trial": attempt.notes.get("key", ""),
             "purpose": attempt.purpose,
             "is_base": str(attempt.is_base).lower(),
