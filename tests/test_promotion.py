@@ -158,6 +158,13 @@ def test_the_versions_that_were_filled_move_though_newer_ones_are_there(register
         promote(filled=[])
 
 
+def test_a_newer_version_of_another_manifest_is_passed_over(register: Callable[..., None]) -> None:
+    register()
+    register(manifest_hash="b" * 64)  # as `worth` does, when it trains on the manifest before
+    promote()
+    assert standing() == {"tiny.f0.s0": 1, "tiny.f1.s0": 1}
+
+
 def test_what_stands_in_the_other_slots_counts_at_the_gate_and_stays(register: Callable[..., None]) -> None:
     register()
     promote()

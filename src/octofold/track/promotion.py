@@ -70,6 +70,8 @@ def promote(
 ) -> list[Move]:
     """Move the latest version of each of a member's slots to `stage`, or just these versions; say what it replaced.
 
+    The latest is that of the manifest at hand, where there is one.
+
     Args:
         run: the MLflow run that keeps the audit trail.
         competition: name of the problem.
@@ -85,7 +87,7 @@ def promote(
     Raises:
         UserError: no such member, or the gate stays shut.
     """
-    latest = newest(competition, member)
+    latest = newest(competition, member, manifest_hash)
     if not latest:
         raise UserError(
             f"member '{member}' of {competition}" if member else f"competition '{competition}'",
@@ -112,10 +114,14 @@ def promote(
     return moves
 
 
-def newest(competition: str, member: str) -> list[tuple[Slot, Place]]:
-    """Return the latest version of each of a member's slots (empty = every member's), and where its versions stand."""
+def newest(competition: str, member: str, manifest_hash: str | None = None) -> list[tuple[Slot, Place]]:
+    """Return the latest version of each of a member's slots (empty = every member's), and where its versions stand.
+
+    Of a slot trained on the manifest of this hash and on others, the latest of those on this one.
+    """
     listed = registry.models(competition, [member] if member else None)
-    return [(slot, _place(model)) for model in listed if (slot := registry.newest_of(model)) is not None]
+    slots = registry.newest_on(listed, manifest_hash)
+    return [(slot, _place(model)) for model, slot in zip(listed, slots, strict=True) if slot is not None]
 
 
 def _exactly(

@@ -46,8 +46,11 @@ def export(settings: Export) -> dict[str, Any]:
     if settings.stage:
         slots = registry.resolve(settings.competition, settings.stage, [settings.member])[settings.member]
     else:
-        known = registry.slots(settings.competition, [settings.member]).get(settings.member, {})
-        slots = [versions[-1] for _, versions in sorted(known.items()) if versions]
+        file = ROOT / "data" / settings.competition / "manifest.csv"
+        at_hand = manifests.read(file).hash if file.exists() else None
+        listed = registry.models(settings.competition, [settings.member])
+        found = [slot for slot in registry.newest_on(listed, at_hand) if slot is not None]
+        slots = sorted(found, key=lambda slot: slot.name)
     if not slots:
         raise UserError(f"member '{settings.member}'", expected="registered fold models", got="none", fix="train it")
     out = settings.out or ROOT / "runs" / "export" / f"{settings.competition}.{settings.member}.zip"
