@@ -141,6 +141,17 @@ def test_slots_of_two_recipes_need_force(register: Callable[..., None]) -> None:
     assert standing() == {"tiny.f0.s0": 2, "tiny.f1.s0": 1}
 
 
+def test_some_seeds_do_not_bring_a_second_recipe_into_a_stage(register: Callable[..., None]) -> None:
+    for seed in (0, 1):
+        register(seed=seed)
+    promote()
+    register(recipe_hash="another")
+    with pytest.raises(UserError, match="different recipes"):
+        promote(seeds=[0])
+    promote(seeds=[0], force=True)
+    assert standing() == {"tiny.f0.s0": 2, "tiny.f1.s0": 2, "tiny.f0.s1": 1, "tiny.f1.s1": 1}
+
+
 def test_the_versions_that_were_filled_move_though_newer_ones_are_there(register: Callable[..., None]) -> None:
     register()
     register(recipe_hash="another")

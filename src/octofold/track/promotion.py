@@ -95,14 +95,17 @@ def promote(
             got=f"none in {redact(uri())}; members there: {preview(registry.newest(competition)) or 'none'}",
             fix="train it first, or set MLFLOW_TRACKING_URI to the store it was trained in",
         )
-    given, others = (latest, []) if filled is None else _exactly(competition, latest, filled, stage)
+    given = latest if filled is None else _exactly(competition, latest, filled, stage)
     chosen = [
         (slot, place)
         for slot, place in given
         if (folds is None or slot.fold in folds) and (seeds is None or slot.seed in seeds)
     ]
+    others = _standing(competition, latest, {slot.name for slot, _ in chosen}, stage)
     for name in sorted({slot.member for slot, _ in latest}):
-        mine = [slot for slot in [*(slot for slot, _ in chosen), *others] if slot.member == name]
+        if not (mine := [slot for slot, _ in chosen if slot.member == name]):
+            raise UserError(f"member '{name}'", expected="slots among those folds and seeds", got="none")
+        mine += [slot for slot in others if slot.member == name]
         check(name, mine, stage, manifest_hash, all_folds, seeds, force)
     moves = [_plan(slot, stage, place) for slot, place in chosen]
     moves = _since_unfinished(competition, stage, moves)
@@ -126,25 +129,36 @@ def newest(competition: str, member: str, manifest_hash: str | None = None) -> l
 
 def _exactly(
     competition: str, latest: Sequence[tuple[Slot, Place]], filled: Sequence[str], stage: str
-) -> tuple[list[tuple[Slot, Place]], list[Slot]]:
-    """Return the versions named, with their places, and what stands in `stage` in the other slots of their members.
-
-    The others do not move, but will be bagged with those that do: the gate looks at both.
+) -> list[tuple[Slot, Place]]:
+    """Return the versions named, with their places.
 
     Raises:
         UserError: no such version.
     """
-    known = registry.slots(competition, sorted({slot.member for slot, _ in latest}))
-    slots = {f"{slot.name}/{slot.version}": slot for named in known.values() for one in named.values() for slot in one}
+    slots = _versions(competition, latest)
     if absent := [version for version in filled if version not in slots]:
         raise UserError(
             f"promotion to {stage}", expected="registered versions", got=f"nothing registered as {preview(absent)}"
         )
     places = {slot.name: place for slot, place in latest}
-    chosen = [(slots[version], places[slots[version].name]) for version in filled]
-    rest = set(places) - {slot.name for slot, _ in chosen}
-    standing = [f"{name}/{places[name].aliases[stage]}" for name in sorted(rest) if stage in places[name].aliases]
-    return chosen, [slots[version] for version in standing if version in slots]
+    return [(slots[version], places[slots[version].name]) for version in filled]
+
+
+def _standing(competition: str, latest: Sequence[tuple[Slot, Place]], chosen: set[str], stage: str) -> list[Slot]:
+    """Return what stands in `stage` in the slots that do not move.
+
+    It will be bagged with those that do: the gate looks at both.
+    """
+    rest = {slot.name: place.aliases.get(stage) for slot, place in latest if slot.name not in chosen}
+    names = [f"{name}/{version}" for name, version in sorted(rest.items()) if version is not None]
+    slots = _versions(competition, latest) if names else {}
+    return [slots[name] for name in names if name in slots]
+
+
+def _versions(competition: str, latest: Sequence[tuple[Slot, Place]]) -> dict[str, Slot]:
+    """Every version of these members' slots, by ``<registered name>/<version>``."""
+    known = registry.slots(competition, sorted({slot.member for slot, _ in latest}))
+    return {f"{slot.name}/{slot.version}": slot for named in known.values() for one in named.values() for slot in one}
 
 
 def check(
@@ -180,8 +194,6 @@ def check(
         wrong.append(("one class order", "slots that differ in it", "train the member again"))
     if len({slot.recipe_hash for slot in slots}) > 1:
         wrong.append(("one recipe", "slots trained by different recipes", "train the rest again, or rename the member"))
-    if not slots:
-        raise UserError(f"member '{member}'", expected="slots among those folds and seeds", got="none")
     if wrong and not force:
         raise UserError(
             f"gate of {stage}: member '{member}'",
