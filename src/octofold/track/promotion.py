@@ -108,8 +108,10 @@ def promote(
         mine += [slot for slot in others if slot.member == name]
         check(name, mine, stage, manifest_hash, all_folds, seeds, force)
     moves = [_plan(slot, stage, place) for slot, place in chosen]
-    moves = _since_unfinished(competition, stage, moves)
+    moves, unfinished = _since_unfinished(competition, stage, moves)
     _begin(run, stage, moves)
+    for run_id in unfinished:  # only now: cut in between, there would be no way back to what was before
+        tracking.client().set_tag(run_id, STATE, "superseded")
     _apply(moves, [place for _, place in chosen])
     for slot, _ in chosen:
         versions.set_version_tags(slot.name, slot.version, {f"promotion.{stage}": run.id})
@@ -224,14 +226,7 @@ def rollback(run: tracking.Run, competition: str, member: str, stage: str) -> li
     mine = [move for move in moves if not member or move.member == member]
     places = _places_of([move.name for move in mine])
     for move, now in zip(mine, places, strict=True):
-        expected = (move.after.aliases.get(stage), move.before.aliases.get(stage))  # the latter if a rollback was cut
-        if now.aliases.get(stage) not in expected:
-            raise UserError(
-                f"{move.name}, {stage}",
-                expected=f"version {move.version}, as promoted by run {info.id}",
-                got=f"version {now.aliases.get(stage, 'none')}, moved since",
-                fix="promote or move it by hand; a rollback would undo somebody else's choice",
-            )
+        _check_unmoved(move, now, stage, info.id)
     back = [Move(m.name, m.member, m.replaced, m.version, before=m.after, after=m.before) for m in mine]
     run.set_tags({"rollback.of": info.id, "rollback.stage": stage})
     run.log_dict({"rolled_back": info.id, "moves": [asdict(move) for move in back]}, "rollback.json")
@@ -243,6 +238,35 @@ def rollback(run: tracking.Run, competition: str, member: str, stage: str) -> li
     else:
         api.set_tag(info.id, STATE, "rolled_back")
     return back
+
+
+def _check_unmoved(move: Move, now: Place, stage: str, run_id: str) -> None:
+    """Refuse to undo a move after which somebody moved the alias, or the legacy stage, to another version.
+
+    What is as it was before is taken for a rollback that was cut.
+
+    Raises:
+        UserError: moved since.
+    """
+    alias, mirror = now.aliases.get(stage), _mirror(now, stage)
+    is_whole = alias == move.after.aliases.get(stage) and now.records.get(stage, "") == move.after.records[stage]
+    mirrors = [_mirror(move.after, stage)] + ([] if is_whole else [_mirror(move.before, stage), None])
+    odd = None
+    if alias not in (move.after.aliases.get(stage), move.before.aliases.get(stage)):
+        odd = f"version {alias or 'none'}"
+    elif versions.has_stages() and mirror not in mirrors:
+        odd = f"MLflow stage on version {mirror or 'none'}"
+    if odd:
+        raise UserError(
+            f"{move.name}, {stage}",
+            expected=f"version {move.version}, as promoted by run {run_id}",
+            got=f"{odd}, moved since",
+            fix="promote or move it by hand; a rollback would undo somebody else's choice",
+        )
+
+
+def _mirror(place: Place, stage: str) -> int | None:
+    return max((int(version) for version, kept in place.stages.items() if kept == LEGACY[stage]), default=None)
 
 
 def _plan(slot: Slot, stage: str, before: Place) -> Move:
@@ -321,15 +345,16 @@ def _moves_of(run_id: str) -> list[Move]:
     ]
 
 
-def _since_unfinished(competition: str, stage: str, moves: list[Move]) -> list[Move]:
-    """A promotion that was cut half way is finished now: its "before" is the one to come back to."""
+def _since_unfinished(competition: str, stage: str, moves: list[Move]) -> tuple[list[Move], list[str]]:
+    """A promotion that was cut half way is finished now: its "before" is the one to come back to; and its runs."""
     was: dict[str, Move] = {}
+    runs = []
     for info in _audits(competition, stage, ("started",)):
         earlier = _moves_of(info.id)
         if {move.name for move in earlier} <= {move.name for move in moves}:
             was |= {move.name: move for move in earlier}
-            tracking.client().set_tag(info.id, STATE, "superseded")
+            runs.append(info.id)
     return [
         Move(m.name, m.member, m.version, was[m.name].replaced, was[m.name].before, m.after) if m.name in was else m
         for m in moves
-    ]
+    ], runs
