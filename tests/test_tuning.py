@@ -3,19 +3,25 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
+import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 import servers
 from octofold.errors import UserError
 from octofold.recipe import Recipe
+from octofold.track import provenance
 from octofold.tune import space, studies, trials, tuning
 from octofold.tune.trials import Attempt, Plan
 from octofold.tune.tuning import Budget
@@ -102,6 +108,58 @@ def test_budgets_count_the_study(tmp_path: Path) -> None:
     assert "trials" in tuning.search(study, what, objective, Budget(trials=3, slots=99), sampler="random")
     assert "hours" in tuning.search(study, what, objective, Budget(hours=0.0), sampler="random")
     assert len(studies.records(study)) == 3
+
+
+def test_time_before_an_interruption_counts(tmp_path: Path) -> None:
+    what = plan(slots=FOLDS[:1])
+
+    def interrupted(attempt: Attempt, fold: int, seed: int) -> Sequence[float]:
+        time.sleep(0.3)
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            tuning.search(begin(tmp_path, what), what, interrupted, Budget(trials=1))
+    study = begin(tmp_path, what)
+    tuning.search(study, what, objective, Budget(trials=1))
+    assert len(studies.counted(study)) == 1
+    assert 0.6 <= studies.time_of(study) < 30
+
+
+def test_a_space_with_nothing_new_ends_a_study_without_a_number_of_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "TWINS", 3)
+    what = plan({"augment.preset": {"choices": ["baseline", "none"]}}, slots=FOLDS[:1])
+    study = begin(tmp_path, what)
+    limit = tuning.search(study, what, lambda *_: [0.5], Budget(slots=99), sampler="random", pruner="none")
+    assert "nothing new" in limit
+    assert len(studies.trained(study)) <= 2
+
+
+@pytest.mark.parametrize("place", ["here", "elsewhere"])
+def test_a_trial_of_the_dead_at_the_end_of_the_budget_is_given_out_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.setattr(tuning, "WAIT_S", 0.1)
+    what = plan(slots=FOLDS[:1])
+    study = begin(tmp_path, what)
+    tuning.search(study, what, objective, Budget(trials=1))
+    with warnings.catch_warnings(action="ignore"):  # Optuna's, that a heartbeat needs its own loop
+        theirs = study.ask()
+    with subprocess.Popen(["sleep", "1"]) as other:
+        owner = {"pid": str(other.pid), "pid.started": str(psutil.Process(other.pid).create_time())}
+        theirs.set_user_attr("owner", provenance.identity() | (owner if place == "here" else {"host": "elsewhere"}))
+        if place == "elsewhere":
+            study._storage.record_heartbeat(theirs._trial_id)
+            with sqlite3.connect(tmp_path / "optuna.db") as base:
+                base.execute("UPDATE trial_heartbeats SET heartbeat = '2020-01-01 00:00:00'")
+        reaper = threading.Thread(target=other.wait)
+        reaper.start()
+        assert tuning.search(study, what, objective, Budget(trials=2)) == "2 trials"
+        assert place == "elsewhere" or other.poll() == 0, "it waited for the other as long as that lived"
+        reaper.join()
+    assert len(studies.records(study)) == 2
 
 
 def test_the_same_values_are_not_trained_twice(tmp_path: Path) -> None:

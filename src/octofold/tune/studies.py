@@ -5,6 +5,7 @@ out again under a new number, with its values, its notes (run ids) and the score
 """
 
 import contextlib
+import datetime
 import fcntl
 import logging
 import os
@@ -36,6 +37,8 @@ from octofold.tune.trials import NOT_BASE, Plan, Record, winner
 HEARTBEAT_S, GRACE_S = 60, 180
 RETRIES = 5
 """How often a trial is given out again after its process died; more, and the trial itself is what kills."""
+PAST, SO_FAR = "past_s", "so_far_s"
+"""User attributes of a trial: seconds it took before it was given out again, and since (told after each slot)."""
 HINTS = 5
 """How many of an earlier study's best trials are tried again where their scores cannot be taken over."""
 
@@ -150,7 +153,7 @@ def open_study(name: str, storage: RDBStorage, plan: Plan) -> Study:
             got=new,
             fix=f"give --study another name; `warm_start: [study:{name}]` takes over what it found",
         )
-    _recover(study)
+    recover(study)
     base = [trial for trial in study.get_trials(deepcopy=False) if trial.user_attrs.get("base")]
     if all(trial.state == TrialState.FAIL for trial in base):
         study.enqueue_trial(plan.space.values_of(plan.space.base), user_attrs={"base": True})
@@ -182,13 +185,42 @@ def _narrow(source: dict[str, Any], key: str, before: dict[str, Any], now: dict[
     return ", ".join(f"{n}: {source[key].get(n)}" for n in names if before[key].get(n) != now[key].get(n))[:160]
 
 
-def _recover(study: Study) -> None:
-    """Give out again the trials whose process on this machine is gone; elsewhere the heartbeat finds them."""
+def recover(study: Study) -> None:
+    """Give out again the trials whose process on this machine is gone, or elsewhere has been silent for long."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if provenance.is_orphan(trial.user_attrs.get("owner", {})):
             with contextlib.suppress(ValueError):  # another worker was quicker
                 study.tell(trial.number, state=TrialState.FAIL)
                 give_out_again(study, trial.number, RETRIES)
+    with quiet():
+        optuna.storages.fail_stale_trials(study)
+
+
+def at_work(study: Study) -> list[int]:
+    """Return the numbers of the trials that other processes run; those that `recover` would give out are none."""
+    me, now = provenance.identity(), datetime.datetime.now()
+    return [
+        trial.number
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        # Killed before it wrote its name, a worker leaves a trial that looks just begun: for a while.
+        if (trial.user_attrs["owner"] != me if "owner" in trial.user_attrs else _age_s(trial, now) < GRACE_S)
+    ]
+
+
+def _age_s(trial: FrozenTrial, now: datetime.datetime) -> float:
+    return (now - trial.datetime_start).total_seconds() if trial.datetime_start else 0.0
+
+
+def time_of(study: Study) -> float:
+    """Return the seconds that the counted trials took, and those before an interruption that were told (`PAST`)."""
+    took = [trial.duration.total_seconds() if trial.duration else 0.0 for trial in counted(study)]
+    return sum(took) + sum(float(trial.user_attrs.get(PAST, 0.0)) for trial in counted(study))
+
+
+def twins_in_a_row(study: Study) -> int:
+    """Return how many of the last finished trials repeated the values of an earlier one."""
+    done = [trial for trial in counted(study) if trial.state == TrialState.COMPLETE]
+    return next((n for n, trial in enumerate(reversed(done)) if "same_as" not in trial.user_attrs), len(done))
 
 
 def give_out_again(study: Study, number: int, most: int | None = None) -> None:
