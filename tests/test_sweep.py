@@ -245,3 +245,8 @@ def test_a_killed_trial_takes_nothing_from_an_earlier_study_of_its_name(
     second = tune(table, {"optim": {"lr": 1e-4}})
     assert trained == [1e-2, 1e-4, 1e-4]
     assert second["run_id"] != first["run_id"]
+
+
+def test_a_warm_start_of_a_field_that_is_not_searched_is_refused(table: Manifest) -> None:
+    with pytest.raises(UserError, match=r"(?s)searched fields: optim\.lr.*optim\.momentum"):
+        tune(table, warm_start=[{"optim.momentum": 0.5}])

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import psutil
 import pytest
 
@@ -439,3 +440,57 @@ def test_confirmation_trains_each_fresh_slot_once(tmp_path: Path) -> None:
     found = tuning.confirm(begin(tmp_path, what), what, slot, chosen, fresh)
     assert asked == [*fresh[:4], (-1, -1), *fresh[4:]]
     assert set(found[0]) == {f"f{fold}.s{seed}" for fold, seed in fresh}
+
+
+def test_what_is_known_is_told_once(tmp_path: Path) -> None:
+    storage = studies.open_storage(f"sqlite:///{tmp_path}/optuna.db")
+    before = plan(slots=FOLDS[:1])
+    old = studies.open_study("old", storage, before)
+    tuning.search(old, before, objective, Budget(trials=3), sampler="random")
+    what = plan(slots=FOLDS[:1], context={"manifest": "m2"})
+    study = studies.open_study("new", storage, what)
+    assert studies.take_over(study, what, "old", storage) == (0, 3)
+    tuning.search(study, what, objective, Budget(trials=2), sampler="random")
+    tuning.search(old, before, objective, Budget(trials=8), sampler="random")
+    assert studies.take_over(study, what, "old", storage) == (0, 0)
+    optuna.create_study(study_name="foreign", storage=storage)
+    with pytest.raises(UserError, match="a study that tune made"):
+        studies.take_over(study, what, "foreign", storage)
+
+
+def test_a_queued_recipe_survives_a_worker_that_came_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    what = plan(slots=FOLDS[:1])
+    study = begin(tmp_path, what)
+    good = Recipe.model_validate({"optim": {"lr": 0.01}})
+    studies.try_early(study, what, good)
+
+    def while_another_sees_room(attempt: Attempt, fold: int, seed: int) -> Sequence[float]:
+        if not study.get_trials(deepcopy=False)[1].state.is_finished():
+            with monkeypatch.context() as patch:
+                limits = iter(["", "done", "done"])
+                patch.setattr(Budget, "spent", lambda *_: next(limits))
+                tuning.search(begin(tmp_path, what), what, objective, Budget(trials=1), worker=1)
+        return [0.5]
+
+    tuning.search(study, what, while_another_sees_room, Budget(trials=1), sampler="random")
+    assert len(studies.counted(study)) == 1
+    tuning.search(study, what, objective, Budget(trials=2), sampler="random")
+    assert what.space.recipe(studies.records(study)[-1].values) == good
+
+
+def test_the_base_recipe_runs_all_its_slots_however_bad_it_is(tmp_path: Path) -> None:
+    storage = studies.open_storage(f"sqlite:///{tmp_path}/optuna.db")
+    ranges = {"optim.lr": RANGES["optim.lr"]}
+    scored = {0.02: 0.9, 1e-4: 0.5}
+
+    def level(attempt: Attempt, fold: int, seed: int) -> Sequence[float]:
+        return [scored.get(attempt.values["optim.lr"], 0.8) + fold / 100]
+
+    plans = {lr: Plan(space.read(ranges, Recipe.model_validate({"optim": {"lr": lr}})), FOLDS) for lr in scored}
+    good = studies.open_study("good", storage, plans[0.02])
+    tuning.search(good, plans[0.02], level, Budget(trials=2), sampler="random")
+    study = studies.open_study("bad", storage, plans[1e-4])
+    assert studies.take_over(study, plans[1e-4], "good", storage)[0] > 0
+    tuning.search(study, plans[1e-4], level, Budget(trials=1), sampler="random")
+    (base,) = [record for record in studies.records(study) if record.is_base]
+    assert (base.outcome, len(base.scores)) == ("full", 5)

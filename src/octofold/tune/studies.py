@@ -294,20 +294,25 @@ def take_over(study: Study, plan: Plan, name: str, storage: RDBStorage) -> tuple
     """Warm a study with another of the same storage.
 
     A full trial whose recipe this plan would score on the same terms is imported with its scores, for nothing. If
-    there is none, the best `HINTS` trials are queued to be scored again, as far as the space can say them.
+    there is none, the best `HINTS` trials are queued to be scored again, as far as the space can say them. That is done
+    once: a study that was killed shall not be told more than one that was not.
 
     Returns:
         how many trials were imported, and how many queued.
 
     Raises:
-        UserError: no study of that name.
+        UserError: no study of that name, or not one of ours.
     """
+    if study.user_attrs.get(f"warm.{name}"):
+        return 0, 0
     try:
         other = optuna.load_study(study_name=name, storage=storage)
     except KeyError:
         names = optuna.get_all_study_names(storage)
         raise UserError(f"warm_start: study:{name}", expected=f"one of {preview(names, 10)}", got=name) from None
-    theirs, ours = _renewed(other.user_attrs["plan"]) or {}, plan.describe()
+    theirs, ours = _renewed(other.user_attrs.get("plan")), plan.describe()
+    if theirs is None:
+        raise UserError(f"warm_start: study:{name}", expected="a study that tune made", got="somebody else's")
     same_terms = all(theirs.get(key) == ours[key] for key in ours if key not in ("space", "base"))
     known = {str(record.values) for record in records(study)}
     imported, hints = 0, []
@@ -327,6 +332,7 @@ def take_over(study: Study, plan: Plan, name: str, storage: RDBStorage) -> tuple
             hints.append(values)
     for values in hints[:HINTS] if not imported else []:
         study.enqueue_trial(values, skip_if_exists=True)
+    study.set_user_attr(f"warm.{name}", True)
     return imported, 0 if imported else min(HINTS, len(hints))
 
 

@@ -25,7 +25,7 @@ from octofold.compute import Devices, device_setup
 from octofold.config import build, read_yaml
 from octofold.data import manifest
 from octofold.data.manifest import Manifest
-from octofold.errors import UserError
+from octofold.errors import UserError, preview
 from octofold.files import ROOT, existing, write_text
 from octofold.metrics import METRICS, fingerprint
 from octofold.nets.tasks import make_task
@@ -156,6 +156,9 @@ def _warm(study: Any, plan: Plan, storage: Any, known: str | dict[str, Any]) -> 
         imported, queued = studies.take_over(study, plan, known.removeprefix("study:"), storage)
         log.info("%s: %d trials taken over, %d queued", known, imported, queued)
     elif isinstance(known, dict):
+        fields = [knob.field for knob in plan.space.knobs]
+        if unknown := [name for name in known if name not in fields]:
+            raise UserError("warm_start", expected=f"searched fields: {', '.join(fields)}", got=preview(unknown))
         studies.try_early(study, plan, plan.space.recipe(known))
     else:
         studies.try_early(study, plan, _recipe_of(known))

@@ -194,7 +194,10 @@ def _leave_if_surplus(study: Study, trial: Trial, budget: Budget) -> None:
     """Of several workers that saw room for one more trial at once, only the first may run it."""
     rank = sum(other.number <= trial.number for other in studies.counted(study))
     if budget.trials is not None and rank > budget.trials:
-        trial.set_user_attr("surplus", True)
+        if {"fixed_params", "retry_history"} & study.get_trials(deepcopy=False)[trial.number].system_attrs.keys():
+            studies.give_out_again(study, trial.number)  # somebody asked for it: it waits for a larger budget
+        else:
+            trial.set_user_attr("surplus", True)
         raise _Surplus
 
 
@@ -253,7 +256,8 @@ def _run_slots(plan: Plan, trial: Trial, attempt: Attempt, objective: Objective)
             _tell_time(trial)
         if len(plan.objectives) == 1:
             trial.report(attempt.scores[key][0], step)
-            if step + 1 < len(plan.slots) and trial.should_prune():
+            # The base recipe is the yardstick: without all its slots nothing could be said of the winner.
+            if step + 1 < len(plan.slots) and not attempt.is_base and trial.should_prune():
                 return "pruned"
     return "full"
 
