@@ -160,7 +160,7 @@ def test_mistakes_are_told_and_secrets_are_not(
 @pytest.fixture
 def table(mlruns: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
     """A world whose studies run in this process."""
-    for module in ("data.images", "train.features", "train.calibration", "tune.sweep", "tune.studies", "nets.engine"):
+    for module in ("data.images", "train.features", "train.calibration", "tune.sweep", "tune.place", "nets.engine"):
         monkeypatch.setattr(f"octofold.{module}.ROOT", mlruns.parent)
     torch.set_num_threads(1)
     make_world(mlruns.parent, samples=18, folds=2)

@@ -23,7 +23,7 @@ import servers
 from octofold.errors import UserError
 from octofold.recipe import Recipe
 from octofold.track import provenance
-from octofold.tune import space, studies, trials, tuning
+from octofold.tune import place, space, studies, trials, tuning
 from octofold.tune.trials import Attempt, Plan
 from octofold.tune.tuning import Budget
 
@@ -259,12 +259,22 @@ def test_a_base_recipe_that_fails_stops_the_study_and_is_tried_again(tmp_path: P
         ("postgresql://a:b@db/mlflow", "postgresql+psycopg://c@db/mlflow", True),
         ("postgresql://a@db/mlflow", "postgresql://a@db/studies", False),
         ("sqlite:////x/mlflow.db", "sqlite:////x/mlflow.db", True),
+        ("sqlite:////x/../x/mlflow.db", "sqlite:////x/mlflow.db", True),
+        ("sqlite:///mlruns/mlflow.db", f"sqlite:///{Path.cwd()}/mlruns/mlflow.db", True),
         ("sqlite:////x/optuna.db", "http://127.0.0.1:5000", False),
         ("no url", "no url", False),
     ],
 )
 def test_a_study_does_not_share_mlflows_database(one: str, other: str, same: bool) -> None:
-    assert studies.same_database(one, other) is same
+    assert place.same_database(one, other) is same
+
+
+def test_nor_one_that_holds_mlflows_tables_under_another_name(tmp_path: Path, empty_store: Path) -> None:
+    (tmp_path / "other.db").symlink_to(empty_store)
+    before = empty_store.read_bytes()
+    with pytest.raises(UserError, match="that MLflow keeps its runs in"):
+        studies.open_storage(f"sqlite:///{tmp_path}/other.db")
+    assert empty_store.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import contextlib
 import datetime
 import fcntl
 import logging
-import os
 import uuid
 import warnings
 from collections.abc import Iterator, Sequence
@@ -28,9 +27,9 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from octofold import plots
 from octofold.config import build
 from octofold.errors import UserError, preview
-from octofold.files import ROOT
 from octofold.recipe import Recipe
-from octofold.track import provenance, store
+from octofold.track import provenance
+from octofold.tune import place
 from octofold.tune.space import Knob
 from octofold.tune.trials import NOT_BASE, Plan, Record, winner
 
@@ -52,33 +51,6 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def address(given: str = "") -> str:
-    """Return the storage's URL: the one given, ``OCTOFOLD_STORAGE``, or sqlite in the project's ``mlruns/``.
-
-    Raises:
-        UserError: it is MLflow's own database.
-    """
-    url = given or os.environ.get("OCTOFOLD_STORAGE") or f"sqlite:///{ROOT / 'mlruns' / 'optuna.db'}"
-    if same_database(url, store.uri()):  # both keep their schema's version in one table of the same name
-        raise UserError(
-            "storage", expected="a database of its own", got="the one that MLflow keeps its runs in",
-            fix="createdb studies, and postgresql://…/studies as --storage or OCTOFOLD_STORAGE",
-        )  # fmt: skip
-    return url
-
-
-def same_database(one: str, other: str) -> bool:
-    """Tell whether two URLs name one database, by whatever driver and user."""
-    try:
-        first, second = make_url(one), make_url(other)
-    except ArgumentError:
-        return False
-    return (
-        all(getattr(first, part) == getattr(second, part) for part in ("host", "port", "database"))
-        and first.get_backend_name() == second.get_backend_name()
-    )
-
-
 def open_storage(url: str) -> RDBStorage:
     """Open or create Optuna's tables, with heartbeat and retry.
 
@@ -86,7 +58,8 @@ def open_storage(url: str) -> RDBStorage:
         url: SQLAlchemy's, ``sqlite:////folder/optuna.db`` or ``postgresql://user@host/name``.
 
     Raises:
-        UserError: the URL makes no sense, its driver is missing, or nothing answers. Never shows the password.
+        UserError: the URL makes no sense, its driver is missing, nothing answers, or MLflow keeps its runs there. Never
+            shows the password.
     """
     try:
         address = make_url(url)
@@ -98,6 +71,8 @@ def open_storage(url: str) -> RDBStorage:
         engine["connect_args"] = {"connect_timeout": 5}
     try:
         with quiet(), _one_at_a_time(Path(address.database) if kind == "sqlite" and address.database else None):
+            if place.has_runs(address, engine):  # by whatever name of its host or path
+                raise place.taken()
             return RDBStorage(
                 url,
                 engine_kwargs=engine,

@@ -32,7 +32,7 @@ from octofold.nets.tasks import make_task
 from octofold.recipe import Model, Recipe
 from octofold.track import tracking
 from octofold.train import checkpoint, origin, training
-from octofold.tune import space, studies, trials, tuning
+from octofold.tune import place, space, studies, trials, tuning
 from octofold.tune.speed import inference_ms
 from octofold.tune.trials import Attempt, Plan, Record, Verdict
 from octofold.workers import Job
@@ -61,8 +61,8 @@ def tune(config: Tune) -> dict[str, Any]:
     table = manifest.read(config.manifest)
     plan = plan_of(config, table)
     name = name_of(config, table)
-    storage = studies.open_storage(studies.address(config.storage))
-    tracking.client()  # unreachable? then say so before a trial is given out
+    tracking.client()  # unreachable? then say so before a trial is given out; and the storage can see whose tables are
+    storage = studies.open_storage(place.address(config.storage))
     study = studies.open_study(name, storage, plan)
     for known in config.warm_start:
         _warm(study, plan, storage, known)
@@ -96,7 +96,7 @@ def work(settings: dict[str, Any], parent_id: str, worker: int) -> str:
     config = Tune.model_validate(settings)
     table = manifest.read(config.manifest)
     plan = plan_of(config, table)
-    study = studies.open_study(name_of(config, table), studies.open_storage(studies.address(config.storage)), plan)
+    study = studies.open_study(name_of(config, table), studies.open_storage(place.address(config.storage)), plan)
     return _search(config, table, plan, study, parent_id, worker)
 
 
