@@ -46,8 +46,8 @@ def listed(folder: Path) -> str:
     return text.getvalue()
 
 
-def zipped(folder: Path, target: Path) -> Path:
-    with zipfile.ZipFile(target, "w") as bundle:
+def zipped(folder: Path, target: Path, how: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(target, "w", how) as bundle:
         for path in folder.rglob("*"):
             if path.is_file() and path.name != "files.csv":
                 bundle.write(path, path.relative_to(folder))
@@ -79,6 +79,13 @@ def test_claims_that_do_not_fit_are_refused(
     net = build(Model(name="small_cnn", input_size=32), 3)
     write_model(home / "model", net, dataclasses.replace(read_card(home / "model"), **change))
     with pytest.raises(UserError, match=words):
+        bundles.check(home, manifest)
+
+
+def test_oof_under_the_name_of_other_views_is_refused(world: tuple[Manifest, Path]) -> None:
+    manifest, home = world
+    (home / "oof" / "none.parquet").rename(home / "oof" / "geo8.parquet")
+    with pytest.raises(UserError, match="views none"):
         bundles.check(home, manifest)
 
 
@@ -131,6 +138,17 @@ def test_what_is_exported_was_trained_on_the_manifest_at_hand(
     bundle = bundles.export(Export(competition="world", member="net", out=tmp_path / "out.zip"))["bundle"]
     with zipfile.ZipFile(bundle) as packed:
         assert json.loads(packed.read("net.f2.s0/model/model.json"))["manifest_hash"] == manifest.hash
+
+
+def test_a_damaged_deflated_bundle_is_refused(world: tuple[Manifest, Path], tmp_path: Path) -> None:
+    path = zipped(world[1].parent, tmp_path / "b.zip", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(path) as bundle:
+        start = next(info for info in bundle.infolist() if info.filename.endswith("safetensors")).header_offset
+    data = bytearray(path.read_bytes())
+    data[start + 200 : start + 400] = bytes(byte ^ 0xFF for byte in data[start + 200 : start + 400])
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="a bundle"), bundles.unpacked(path):
+        pass
 
 
 SHA = "a" * 64

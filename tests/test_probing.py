@@ -147,6 +147,7 @@ def test_arms_are_the_recipe_with_one_field_at_each_value(tmp_path: Path) -> Non
     ("field", "values", "words"),
     [
         ("augment.presett", ["a", "b"], "no such field"),
+        ("member.o", ["0", "1"], "no such field"),
         ("phases.7.lr", ["1", "2"], "no such field"),
         ("optim.lr", ["1e-3"], "--values A,B"),
         ("optim.lr", ["1e-3", "-1"], "greater than 0"),

@@ -48,7 +48,7 @@ def test_a_moved_store_finds_its_artifacts(
     assert tracking.download(filled["loose"], "model").is_relative_to(new)
     source = versions.existing_version("pets.tiny.f0.s0", 1).source
     assert (tracking.fetch_uri(source, "it") / "model.safetensors").read_text() == "weights"
-    assert storage.relocate() == {}
+    assert storage.relocate() == storage.relocate(str(mlruns)) == {}
     with tracking.run("train", None, "pets") as run:
         run.log_text("new", "new.txt")
     assert tracking.download(run.id, "new.txt").is_relative_to(new)
@@ -66,6 +66,7 @@ def test_a_neighbour_with_a_longer_name_is_left_alone(mlruns: Path, filled: dict
     [
         ("http://127.0.0.1:9", "", "a local sqlite store"),
         ("sqlite:////nowhere/mlruns/mlflow.db", "", "the store that was moved"),
+        ("", "never/was/here", "nothing in the store is there"),
         ("", "/never/was/here", "nothing in the store is there"),
     ],
 )

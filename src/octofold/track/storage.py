@@ -86,7 +86,8 @@ def relocate(old: str = "", dry: bool = False) -> dict[str, int]:
                         base.execute(update, (new, len(was) + 1, *where))
                 if count:
                     changed[f"{table}.{column}"] = count
-    if old and not changed:
+        done = _is_all_here(base, here)
+    if old and not changed and not done:
         raise UserError(
             f"--old {old}", expected="the folder mlruns stood in before", got="nothing in the store is there"
         )
@@ -99,7 +100,7 @@ def _home(file: Path) -> Path:
 
 
 def _as_folder(text: str) -> Path:
-    path = Path(unquote(urlsplit(text).path) if text.startswith("file:") else text).expanduser()
+    path = Path(unquote(urlsplit(text).path) if text.startswith("file:") else text).expanduser().absolute()
     return path if path.name == "mlruns" else path / "mlruns"
 
 
@@ -107,6 +108,12 @@ def _present(base: sqlite3.Connection) -> Iterator[tuple[str, str]]:
     for table, columns in _COLUMNS.items():
         have = {row[1] for row in base.execute(f"PRAGMA table_info({table})")}
         yield from ((table, column) for column in columns if column in have)
+
+
+def _is_all_here(base: sqlite3.Connection, here: Path) -> bool:
+    """Whether there are runs, and all keep their artifacts in `here`: the store was relocated before."""
+    found = [str(row[0]) for row in base.execute("SELECT artifact_uri FROM runs")]
+    return bool(found) and all(place.startswith((f"{here.as_uri()}/", f"{here}/")) for place in found)
 
 
 def _old_place(base: sqlite3.Connection, here: Path) -> Path | None:

@@ -158,7 +158,7 @@ def _varied(base: Recipe, field: str, text: str) -> Recipe:
     try:
         for name in path:
             inner = inner[int(name)] if isinstance(inner, list) else inner[name]
-        known = last in inner
+        known = isinstance(inner, dict) and last in inner
     except (KeyError, IndexError, ValueError, TypeError):
         known = False
     if not known:
