@@ -25,6 +25,10 @@ def run(config: Promote) -> dict[str, object]:
         raise UserError(
             "--folds", expected="--force with it: a member whose folds are not all promoted", got="no --force"
         )
+    if config.rollback and (config.folds is not None or config.seeds is not None):
+        raise UserError(
+            "--rollback", expected="no --folds or --seeds: it undoes a whole promotion", got="some slots only"
+        )
     title = f"{'rollback of' if config.rollback else 'promote'} {config.member or 'all'} ({config.stage})"
     with tracking.run("promote", config, config.competition, name=title, tags={"member": config.member}) as run:
         if config.rollback:

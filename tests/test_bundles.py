@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import json
 import subprocess
 import sys
 import zipfile
@@ -14,11 +15,13 @@ from hypothesis import strategies as st
 
 from conftest import House
 from labelled import CLASSES, make_manifest, make_oof
+from octofold.commands import Export
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError
 from octofold.files import sha256_file
 from octofold.nets.models import ModelCard, build, read_card, write_model
 from octofold.recipe import Model, Recipe
+from octofold.track import registry, tracking
 from octofold.train import bundles
 
 
@@ -43,8 +46,8 @@ def listed(folder: Path) -> str:
     return text.getvalue()
 
 
-def zipped(folder: Path, target: Path) -> Path:
-    with zipfile.ZipFile(target, "w") as bundle:
+def zipped(folder: Path, target: Path, how: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(target, "w", how) as bundle:
         for path in folder.rglob("*"):
             if path.is_file() and path.name != "files.csv":
                 bundle.write(path, path.relative_to(folder))
@@ -76,6 +79,13 @@ def test_claims_that_do_not_fit_are_refused(
     net = build(Model(name="small_cnn", input_size=32), 3)
     write_model(home / "model", net, dataclasses.replace(read_card(home / "model"), **change))
     with pytest.raises(UserError, match=words):
+        bundles.check(home, manifest)
+
+
+def test_oof_under_the_name_of_other_views_is_refused(world: tuple[Manifest, Path]) -> None:
+    manifest, home = world
+    (home / "oof" / "none.parquet").rename(home / "oof" / "geo8.parquet")
+    with pytest.raises(UserError, match="views none"):
         bundles.check(home, manifest)
 
 
@@ -111,6 +121,34 @@ def test_cut_and_foreign_archives_are_refused(world: tuple[Manifest, Path], tmp_
         path.write_bytes(data)
         with pytest.raises(UserError), bundles.unpacked(path):
             pass
+
+
+def test_what_is_exported_was_trained_on_the_manifest_at_hand(
+    world: tuple[Manifest, Path], mlruns: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundles, "ROOT", tmp_path)
+    manifest, home = world
+    card = read_card(home / "model")
+    for hashed in (manifest.hash, "b" * 64):  # as `worth` does, when it trains on the manifest before
+        write_model(home / "model", build(Model(name="small_cnn", input_size=32), 3),
+                    dataclasses.replace(card, manifest_hash=hashed))  # fmt: skip
+        with tracking.run("train.slot", None, "world") as run:
+            run.log_artifacts(home / "oof", "oof")
+            registry.register_slot(run, home / "model")
+    bundle = bundles.export(Export(competition="world", member="net", out=tmp_path / "out.zip"))["bundle"]
+    with zipfile.ZipFile(bundle) as packed:
+        assert json.loads(packed.read("net.f2.s0/model/model.json"))["manifest_hash"] == manifest.hash
+
+
+def test_a_damaged_deflated_bundle_is_refused(world: tuple[Manifest, Path], tmp_path: Path) -> None:
+    path = zipped(world[1].parent, tmp_path / "b.zip", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(path) as bundle:
+        start = next(info for info in bundle.infolist() if info.filename.endswith("safetensors")).header_offset
+    data = bytearray(path.read_bytes())
+    data[start + 200 : start + 400] = bytes(byte ^ 0xFF for byte in data[start + 200 : start + 400])
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="a bundle"), bundles.unpacked(path):
+        pass
 
 
 SHA = "a" * 64

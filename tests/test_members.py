@@ -21,7 +21,7 @@ from octofold.nets import models
 from octofold.predictions import Predictions
 from octofold.recipe import Recipe
 from octofold.track import registry, tracking
-from octofold.train import checkpoint, members
+from octofold.train import checkpoint, members, origin
 from world import make_world
 
 RUNS = """
@@ -157,12 +157,12 @@ def test_weights_that_saw_the_held_out_rows_are_no_start(table: Manifest, caplog
     kept = registry.fetch(registry.newest("tiny", ["m"])["m"][0])
     recipe = Recipe()
     other = Manifest(table.table, table.task, table.classes, "elsewhere", table.images)
-    members._check_start(recipe, other, 1, kept)
-    members._check_start(recipe, table, 1, kept / "other.pth")
+    origin.check(recipe, other, 1, kept)
+    origin.check(recipe, table, 1, kept / "other.pth")
     with pytest.raises(UserError, match="would flatter"):
-        members._check_start(recipe, table, 1, kept / "model.safetensors")
+        origin.check(recipe, table, 1, kept / "model.safetensors")
     models.write_model(kept, *_of_other_manifest(kept))
-    members._check_start(recipe, table, 0, kept)
+    origin.check(recipe, table, 0, kept)
     assert "was trained on manifest elder" in caplog.text
 
 

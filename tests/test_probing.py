@@ -102,6 +102,24 @@ def test_groups_seeds_and_looks_widen_the_interval() -> None:
     assert width(table, shifts=(0.0, 0.2)) > 1.3 * width(table), "seeds that disagree"
 
 
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_the_luck_of_few_seeds_is_seldom_called_a_difference(seeds: int) -> None:
+    """120 comparisons of equal ideas whose trainings vary (sd 0.03); 1.96 instead of t calls a tenth different."""
+    table = make_manifest(400)
+    rng = np.random.default_rng(0)
+    called = 0
+    for trial in range(120):
+        pair = {
+            name: {
+                seed: make_oof(table, rng.random(400) < min(0.99, 0.9 + rng.normal(0, 0.03)), name, seed)
+                for seed in range(seeds)
+            }
+            for name in ("x", "yy")
+        }
+        called += compare(pair, table, "accuracy", seed=trial)[1].verdict != "not separable"
+    assert called <= 8
+
+
 def test_arms_must_agree_on_rows_and_seeds() -> None:
     table = make_manifest(20)
     oof = make_oof(table, draw(0.8, 20, 0), "x")
@@ -120,17 +138,22 @@ def test_arms_are_the_recipe_with_one_field_at_each_value(tmp_path: Path) -> Non
     other = tmp_path / "b.yaml"
     other.write_text("member: b\nseeds: [0]\n")
     assert [(arm.member, arm.seeds) for arm in arms(base, "", [], [other])] == [("m", [3]), ("b", [3])]
+    other.write_text("member: b\noverfit: 1\n")
+    with pytest.raises(UserError, match="rows trained on"):
+        arms(base, "", [], [other])
 
 
 @pytest.mark.parametrize(
     ("field", "values", "words"),
     [
         ("augment.presett", ["a", "b"], "no such field"),
+        ("member.o", ["0", "1"], "no such field"),
         ("phases.7.lr", ["1", "2"], "no such field"),
         ("optim.lr", ["1e-3"], "--values A,B"),
         ("optim.lr", ["1e-3", "-1"], "greater than 0"),
         ("", [], "--others"),
         ("optim.lr", ["1e-3", "1e-3"], "different member names"),
+        ("overfit", ["0", "1"], "rows trained on"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(field: str, values: list[str], words: str) -> None:

@@ -110,6 +110,40 @@ def test_rollback_does_not_undo_somebody_elses_choice(register: Callable[..., No
         rollback()
 
 
+def test_nor_the_choice_somebody_made_by_mlflows_stage(register: Callable[..., None]) -> None:
+    register()
+    promote()
+    register()
+    promote()
+    register(folds=[0])
+    versions.set_stage("pets.tiny.f0.s0", 3, "Production")
+    assert standing() == {"tiny.f0.s0": 3, "tiny.f1.s0": 2}
+    with pytest.raises(UserError, match="MLflow stage on version 3, moved since"):
+        rollback()
+    assert standing() == {"tiny.f0.s0": 3, "tiny.f1.s0": 2}
+
+
+def test_a_promotion_cut_twice_still_has_its_way_back(
+    register: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register()
+    promote()
+    register()
+    before = everything()
+
+    def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for function in ("_apply", "_begin"):  # the second one before its own audit was written
+        with monkeypatch.context() as patch:
+            patch.setattr(promotion, function, cut)
+            with pytest.raises(KeyboardInterrupt):
+                promote()
+    versions.set_alias("pets.tiny.f0.s0", "production", 2)
+    rollback()
+    assert everything() == before
+
+
 @pytest.mark.parametrize(
     ("change", "options", "words"),
     [
@@ -141,6 +175,17 @@ def test_slots_of_two_recipes_need_force(register: Callable[..., None]) -> None:
     assert standing() == {"tiny.f0.s0": 2, "tiny.f1.s0": 1}
 
 
+def test_some_seeds_do_not_bring_a_second_recipe_into_a_stage(register: Callable[..., None]) -> None:
+    for seed in (0, 1):
+        register(seed=seed)
+    promote()
+    register(recipe_hash="another")
+    with pytest.raises(UserError, match="different recipes"):
+        promote(seeds=[0])
+    promote(seeds=[0], force=True)
+    assert standing() == {"tiny.f0.s0": 2, "tiny.f1.s0": 2, "tiny.f0.s1": 1, "tiny.f1.s1": 1}
+
+
 def test_the_versions_that_were_filled_move_though_newer_ones_are_there(register: Callable[..., None]) -> None:
     register()
     register(recipe_hash="another")
@@ -156,6 +201,13 @@ def test_the_versions_that_were_filled_move_though_newer_ones_are_there(register
         promote(filled=["pets.tiny.f0.s0/9"])
     with pytest.raises(UserError, match="among those folds"):
         promote(filled=[])
+
+
+def test_a_newer_version_of_another_manifest_is_passed_over(register: Callable[..., None]) -> None:
+    register()
+    register(manifest_hash="b" * 64)  # as `worth` does, when it trains on the manifest before
+    promote()
+    assert standing() == {"tiny.f0.s0": 1, "tiny.f1.s0": 1}
 
 
 def test_what_stands_in_the_other_slots_counts_at_the_gate_and_stays(register: Callable[..., None]) -> None:
@@ -265,6 +317,7 @@ def test_the_command(house: House, monkeypatch: pytest.MonkeyPatch, refuses: Cal
         tags = {"manifest_hash": manifest.hash, "classes_hash": "c", "recipe_hash": "r"}
         tracking.client().create_model_version(name, "file:///nowhere", tags=tags)
     refuses(house.run("promote", "--competition", "tiny", "--member", "m", "--folds", "0"), "--force with it")
+    refuses(house.run("promote", "--competition", "tiny", "--rollback", "--folds", "0"), "a whole promotion")
     done = house.run("promote", "--competition", "tiny", "--member", "m", "--stage", "production")
     assert done.result["moved"] == [{"name": f"tiny.m.f{fold}.s0", "version": 1, "replaced": None} for fold in (0, 1)]
     assert "tiny.m.f0.s0: version 1 replaces nothing" in done.err

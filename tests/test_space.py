@@ -74,6 +74,9 @@ def test_the_base_recipe_lies_inside() -> None:
         ({"optim.lr": {"low": 0, "high": 1, "log": True}}, "low > 0"),
         ({"optim.lr": {"low": -1, "high": 1}}, "the recipe refuses -1"),
         ({"optim.lr": {"high": 1}}, "low and high"),
+        ({"optim.lr": {"low": 1e-5, "high": float("inf")}}, "finite"),
+        ({"phases.0.epochs": {"low": 5, "high": 40, "step": 0.5}}, "a whole step"),
+        ({"phases.0.epochs": {"low": 5, "high": 40, "step": 2.5}}, "a whole step"),
         ({"optim.lr": {"low": 1e-5, "high": 1, "choices": [1]}}, "got:      both"),
         ({"optim.lr": {"lo": 1e-5, "high": 1}}, "no such setting"),
         ({"optim.learn_rate": {"low": 0, "high": 1}}, "optim has: name, lr, weight_decay"),
@@ -86,6 +89,11 @@ def test_the_base_recipe_lies_inside() -> None:
         ({"phases.lr": {"low": 1e-5, "high": 1}}, "phases.0"),
         ({"metric": {"choices": ["accuracy", "log_loss"]}}, "yardstick"),
         ({"seeds": {"choices": [[0], [1]]}}, "yardstick"),
+        ({"overfit": {"choices": [0, 1]}}, "yardstick"),
+        ({"classes": {"choices": [[], ["ash"]]}}, "yardstick"),
+        ({"select": {"choices": ["best", "last"]}}, "yardstick"),
+        ({"tta": {"choices": ["geo8", "none"]}}, "yardstick"),
+        ({"runtime.threads": {"choices": [None, 1]}}, "yardstick"),
         ({"optim.lr": {"low": 0.1, "high": 1}}, "the base recipe is the first trial"),
         ({"phases.0.lr": {"low": 0.1, "high": 1}}, "None in the recipe"),
         ({"optim.lr": {"low": 1e-5, "high": 1, "when": {"optim.nam": "sgd"}}}, "no such setting"),
@@ -103,3 +111,10 @@ def test_nonsense_is_refused_with_the_words_that_help(ranges: dict[str, Any], wo
     with pytest.raises(UserError) as caught:
         space.read(ranges, BASE, "configs/tune/x.yaml")
     assert words in str(caught.value)
+
+
+def test_a_recipe_with_fewer_phases_lies_outside() -> None:
+    two = Recipe.model_validate({"phases": [{"name": "a"}, {"name": "b"}]})
+    built = space.read({"phases.1.epochs": {"low": 1, "high": 50}}, two)
+    with pytest.raises(UserError, match=r"phases\.1\.epochs"):
+        built.values_of(BASE)

@@ -1,5 +1,7 @@
 """The spool keeps order, loses nothing that was confirmed, and forgets only what was delivered."""
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,25 @@ def test_a_line_cut_in_the_middle_is_left_out(tmp_path: Path) -> None:
     spool.append(note(1))
     with spool.path.open("a") as file:
         file.write('{"kind": "metr')
+    spool.append(note(2))
+    spool.append(note(3))
     sent: list[Note] = []
     spool.deliver(sent.extend)
-    assert sent == [note(1)]
+    assert sent == [note(1), note(2), note(3)]
+
+
+def test_a_note_that_waited_for_a_delivery_is_not_lost(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "run.jsonl")
+    spool.append(note(1))
+    sent: list[Note] = []
+    late = threading.Thread(target=spool.append, args=[note(2)])
+
+    def send(notes: list[Note]) -> None:
+        sent.extend(notes)
+        late.start()
+        time.sleep(0.3)  # it has opened the file by now, and waits for the lock
+
+    spool.deliver(send)
+    late.join()
+    assert spool.deliver(sent.extend) == 1
+    assert sent == [note(1), note(2)]

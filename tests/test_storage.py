@@ -48,7 +48,7 @@ def test_a_moved_store_finds_its_artifacts(
     assert tracking.download(filled["loose"], "model").is_relative_to(new)
     source = versions.existing_version("pets.tiny.f0.s0", 1).source
     assert (tracking.fetch_uri(source, "it") / "model.safetensors").read_text() == "weights"
-    assert storage.relocate() == {}
+    assert storage.relocate() == storage.relocate(str(mlruns)) == {}
     with tracking.run("train", None, "pets") as run:
         run.log_text("new", "new.txt")
     assert tracking.download(run.id, "new.txt").is_relative_to(new)
@@ -66,6 +66,7 @@ def test_a_neighbour_with_a_longer_name_is_left_alone(mlruns: Path, filled: dict
     [
         ("http://127.0.0.1:9", "", "a local sqlite store"),
         ("sqlite:////nowhere/mlruns/mlflow.db", "", "the store that was moved"),
+        ("", "never/was/here", "nothing in the store is there"),
         ("", "/never/was/here", "nothing in the store is there"),
     ],
 )
@@ -86,10 +87,67 @@ def test_gc_finds_rubbish_and_nothing_else(mlruns: Path, filled: dict[str, str])
     os.utime(work[0] / "file", (0, 0))
     for run_id in filled.values():
         tracking.client().delete_run(run_id)  # the registered one is still needed
+    (mlruns / "work" / "pets" / "tiny" / "f2.s0").mkdir()  # made just now, and nothing in it yet
     found = storage.rubbish()
     loose = mlruns / "artifacts" / "pets" / filled["loose"]
     assert {item.path for item in found} == {unknown, work[0], cached, loose}
     assert {item.run_id for item in found} == {"", filled["loose"]}
+
+
+def test_gc_leaves_deleted_experiments_and_what_lies_elsewhere(
+    mlruns: Path, filled: dict[str, str], tmp_path: Path
+) -> None:
+    api = tracking.client()
+    elsewhere = api.create_experiment("elsewhere", artifact_location=(tmp_path / "outside").as_uri())
+    theirs = api.create_run(elsewhere).info.run_id
+    api.log_text(theirs, "mine", "file.txt")
+    for run_id in (theirs, filled["loose"]):
+        api.delete_run(run_id)
+    api.delete_experiment(api.get_experiment_by_name("pets").experiment_id)
+    found = storage.rubbish()
+    assert {item.run_id for item in found} == {filled["loose"]}
+    storage.remove(found)
+    assert tracking.get_run(filled["registered"]).artifact_uri
+    assert tracking.get_run(theirs).artifact_uri
+    assert list((tmp_path / "outside").rglob("file.txt"))
+
+
+def test_gc_knows_the_runs_of_other_stores_in_the_same_folder(
+    mlruns: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(empty_store, mlruns.parent / "second.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{mlruns.parent / 'second.db'}")
+    for competition in ("pets", "birds"):
+        with tracking.run("train.slot", None, competition) as run:
+            run.log_text("weights", "model/model.json")
+    assert Path(tracking.download(run.id, "model")).is_relative_to(mlruns)
+    assert storage.rubbish() == []
+    _use(monkeypatch, mlruns)
+    tracking.experiment("pets")
+    assert storage.rubbish() == []
+    (mlruns.parent / "second.db").unlink()
+    (found,) = storage.rubbish()
+    assert found.path.parent == mlruns / "artifacts" / "pets"
+
+
+def test_gc_leaves_a_run_that_began_while_it_looked(mlruns: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(prefix: str) -> list[object]:
+        with tracking.run("train.slot", None, "pets") as run:
+            run.log_text("weights", "model/model.json")
+        return real(prefix)
+
+    real = versions.registered_models
+    tracking.experiment("pets")
+    monkeypatch.setattr(versions, "registered_models", slow)
+    assert storage.rubbish() == []
+
+
+def test_gc_leaves_a_run_that_was_restored_after_the_listing(filled: dict[str, str]) -> None:
+    tracking.client().delete_run(filled["loose"])
+    found = storage.rubbish()
+    tracking.client().restore_run(filled["loose"])
+    assert storage.remove(found) == 0
+    assert tracking.download(filled["loose"], "model").exists()
 
 
 @pytest.mark.slow
@@ -106,6 +164,8 @@ def test_gc_removes_it(mlruns: Path, filled: dict[str, str]) -> None:
 @pytest.mark.slow
 def test_the_commands_keep_a_record_of_what_they_did(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     mlruns = house.home / "mlruns"
+    _use(monkeypatch, mlruns)
+    tracking.experiment("pets")
     unknown = mlruns / "artifacts" / "pets" / ("0" * 32)
     unknown.mkdir(parents=True)
     (unknown / "file").write_text("something")

@@ -11,12 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from conftest import REPOSITORY, House, Outcome
 from labelled import make_manifest
-from octofold import config
-from octofold.recipe import Recipe
+from octofold import commands, config
+from octofold.data import manifest
+from octofold.data.manifest import Manifest
+from octofold.errors import UserError
+from octofold.nets import models
+from octofold.recipe import Model, Recipe
+from octofold.train import training
+from octofold.tune import sweep
+from world import make_world
 
 TUNE = """
 recipe:
@@ -42,17 +50,18 @@ import os, signal, sys
 sys.argv[0] = "tune.py"
 sys.path.insert(0, {str(REPOSITORY / "entrypoints")!r})
 from octofold import commands, config
+from octofold.train import training
 from octofold.tune import sweep
 from octofold.train import training
 begun = []
 real = training.train_slot
-def train_slot(recipe, table, fold, seed, folder, report, devices):
+def train_slot(recipe, table, fold, seed, folder, report, devices, start=None):
     begun.append(fold)
     def told(epoch, metrics):
         report(epoch, metrics)
         if len(begun) == 6:
             os.kill(os.getpid(), signal.SIGKILL)
-    return real(recipe, table, fold, seed, folder, told, devices)
+    return real(recipe, table, fold, seed, folder, told, devices, start)
 training.train_slot = train_slot
 sweep.tune(config.load(commands.Tune, sys.argv[1:]))
 """
@@ -143,3 +152,101 @@ def test_mistakes_are_told_and_secrets_are_not(
     refuses(outcome, "model.drop_rate")
     assert len(runs(house)) == before
     assert not [path for path in house.home.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+
+
+# ---- in this process ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def table(mlruns: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
+    """A world whose studies run in this process."""
+    for module in ("data.images", "train.features", "train.calibration", "tune.sweep", "tune.place", "nets.engine"):
+        monkeypatch.setattr(f"octofold.{module}.ROOT", mlruns.parent)
+    torch.set_num_threads(1)
+    make_world(mlruns.parent, samples=18, folds=2)
+    return manifest.read(mlruns.parent / "manifest.csv")
+
+
+def tune(table: Manifest, recipe: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    """Search a toy's learning rate, one trial if not told otherwise."""
+    base: dict[str, Any] = {
+        "member": "toy", "model": {"name": "small_cnn", "input_size": 16}, "augment": {"preset": "none"},
+        "phases": [{"epochs": 1}], "batch_size": 8,
+        "runtime": {"precision": "fp32", "channels_last": "on", "device": "cpu", "threads": 1},
+    }  # fmt: skip
+    settings: dict[str, Any] = {
+        "manifest": table.file, "config": Path("toy.yaml"), "recipe": base | (recipe or {}), "trials": 1,
+        "space": {"optim.lr": {"low": 1e-4, "high": 1e-1, "log": True}}, "confirm_seeds": 0, "sampler": "random",
+        "parallel": 1, "folds": [0], "out": table.images.parent / "found",
+    }  # fmt: skip
+    return sweep.tune(commands.Tune.model_validate(settings | changes))
+
+
+def test_weights_that_saw_the_held_out_rows_are_no_start(table: Manifest, tmp_path: Path) -> None:
+    network = Model(name="small_cnn", input_size=16)
+    for fold in table.folds:
+        card = models.ModelCard({}, "classify", table.classes, "tiny", "m", fold, 0, table.hash)
+        models.write_model(tmp_path / f"f{fold}", models.build(network, 3), card)
+    model = network.model_dump() | {"weights": str(tmp_path / "f1")}
+    with pytest.raises(UserError, match=r"(?s)fold 0 of tiny.*m of fold 1.*use \{fold\}"):
+        tune(table, {"model": model}, study="leaks")
+    found = tune(table, {"model": model | {"weights": str(tmp_path / "f{fold}")}}, study="sound", folds=[0, 1])
+    assert found["slots"] == 2
+
+
+@pytest.mark.parametrize("average", ["none", "swa"])
+def test_without_views_the_last_validation_is_the_score_whatever_select_says(
+    table: Manifest, monkeypatch: pytest.MonkeyPatch, average: str
+) -> None:
+    seen: list[dict[str, float]] = []
+    chosen: list[str] = []
+
+    def train_slot(recipe: Recipe, *rest: Any) -> training.SlotResult:
+        chosen.append(recipe.select)
+        told = rest[4]
+
+        def report(epoch: int, metrics: dict[str, float]) -> None:
+            seen.append(metrics | {"valid/accuracy": 0.9 - epoch / 10})
+            told(epoch, seen[-1])
+
+        return real(recipe, *rest[:4], report, *rest[5:])
+
+    real = training.train_slot
+    monkeypatch.setattr(training, "train_slot", train_slot)
+    recipe = {"phases": [{"epochs": 3}], "select": "best", "average": {"kind": average, "start_epoch": 1}}
+    found = tune(table, recipe)
+    assert chosen == ["last"]
+    assert len(seen) == 3
+    assert average == "swa" or found["search/best"] == pytest.approx(0.7)
+
+
+def test_a_recipe_that_overfits_is_no_base(table: Manifest) -> None:
+    with pytest.raises(UserError, match=r"recipe\.overfit"):
+        tune(table, {"overfit": 1})
+
+
+def test_a_killed_trial_takes_nothing_from_an_earlier_study_of_its_name(
+    table: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[float] = []
+
+    def train_slot(recipe: Recipe, *rest: Any) -> training.SlotResult:
+        trained.append(recipe.optim.lr)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return real(recipe, *rest)
+
+    real = training.train_slot
+    monkeypatch.setattr(training, "train_slot", train_slot)
+    first = tune(table, {"optim": {"lr": 1e-2}})
+    (table.images.parent / "mlruns" / "optuna.db").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        tune(table, {"optim": {"lr": 1e-4}})
+    second = tune(table, {"optim": {"lr": 1e-4}})
+    assert trained == [1e-2, 1e-4, 1e-4]
+    assert second["run_id"] != first["run_id"]
+
+
+def test_a_warm_start_of_a_field_that_is_not_searched_is_refused(table: Manifest) -> None:
+    with pytest.raises(UserError, match=r"(?s)searched fields: optim\.lr.*optim\.momentum"):
+        tune(table, warm_start=[{"optim.momentum": 0.5}])

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from octofold.config import Section
 from octofold.errors import UserError
-from octofold.track import store, tracking
+from octofold.track import store, tracking, versions
 from octofold.track.provenance import identity
 from octofold.track.spool import Spool
 
@@ -254,3 +254,12 @@ def test_four_processes_log_one_dataset_at_once(mlruns: Path) -> None:
     said = [one.communicate(timeout=300)[1] for one in crowd]
     assert [one.returncode for one in crowd] == [0] * 4, "\n".join(said)
     assert len(tracking.client().get_run(run.id).inputs.dataset_inputs) == 8
+
+
+def test_names_with_quotes_are_looked_up_or_refused(mlruns: Path) -> None:
+    with tracking.run("tune", None, "pets", tags={"study": "it's"}) as run:
+        pass
+    assert [info.id for info in tracking.find_runs("pets", {"study": "it's"})] == [run.id]
+    assert versions.registered_models("pets.it's.") == versions.versions_of(["pets.it's.f0.s0"]) == []
+    with pytest.raises(UserError, match="a name without quotes"):
+        tracking.find_runs("pets", {"study": 'it\'s "it"'})

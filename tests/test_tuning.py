@@ -3,20 +3,27 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
+import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
+import psutil
 import pytest
 
 import servers
 from octofold.errors import UserError
 from octofold.recipe import Recipe
-from octofold.tune import space, studies, trials, tuning
+from octofold.track import provenance
+from octofold.tune import place, space, studies, trials, tuning
 from octofold.tune.trials import Attempt, Plan
 from octofold.tune.tuning import Budget
 
@@ -102,6 +109,58 @@ def test_budgets_count_the_study(tmp_path: Path) -> None:
     assert "trials" in tuning.search(study, what, objective, Budget(trials=3, slots=99), sampler="random")
     assert "hours" in tuning.search(study, what, objective, Budget(hours=0.0), sampler="random")
     assert len(studies.records(study)) == 3
+
+
+def test_time_before_an_interruption_counts(tmp_path: Path) -> None:
+    what = plan(slots=FOLDS[:1])
+
+    def interrupted(attempt: Attempt, fold: int, seed: int) -> Sequence[float]:
+        time.sleep(0.3)
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            tuning.search(begin(tmp_path, what), what, interrupted, Budget(trials=1))
+    study = begin(tmp_path, what)
+    tuning.search(study, what, objective, Budget(trials=1))
+    assert len(studies.counted(study)) == 1
+    assert 0.6 <= studies.time_of(study) < 30
+
+
+def test_a_space_with_nothing_new_ends_a_study_without_a_number_of_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "TWINS", 3)
+    what = plan({"augment.preset": {"choices": ["baseline", "none"]}}, slots=FOLDS[:1])
+    study = begin(tmp_path, what)
+    limit = tuning.search(study, what, lambda *_: [0.5], Budget(slots=99), sampler="random", pruner="none")
+    assert "nothing new" in limit
+    assert len(studies.trained(study)) <= 2
+
+
+@pytest.mark.parametrize("place", ["here", "elsewhere"])
+def test_a_trial_of_the_dead_at_the_end_of_the_budget_is_given_out_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.setattr(tuning, "WAIT_S", 0.1)
+    what = plan(slots=FOLDS[:1])
+    study = begin(tmp_path, what)
+    tuning.search(study, what, objective, Budget(trials=1))
+    with warnings.catch_warnings(action="ignore"):  # Optuna's, that a heartbeat needs its own loop
+        theirs = study.ask()
+    with subprocess.Popen(["sleep", "1"]) as other:
+        owner = {"pid": str(other.pid), "pid.started": str(psutil.Process(other.pid).create_time())}
+        theirs.set_user_attr("owner", provenance.identity() | (owner if place == "here" else {"host": "elsewhere"}))
+        if place == "elsewhere":
+            study._storage.record_heartbeat(theirs._trial_id)
+            with sqlite3.connect(tmp_path / "optuna.db") as base:
+                base.execute("UPDATE trial_heartbeats SET heartbeat = '2020-01-01 00:00:00'")
+        reaper = threading.Thread(target=other.wait)
+        reaper.start()
+        assert tuning.search(study, what, objective, Budget(trials=2)) == "2 trials"
+        assert place == "elsewhere" or other.poll() == 0, "it waited for the other as long as that lived"
+        reaper.join()
+    assert len(studies.records(study)) == 2
 
 
 def test_the_same_values_are_not_trained_twice(tmp_path: Path) -> None:
@@ -200,12 +259,22 @@ def test_a_base_recipe_that_fails_stops_the_study_and_is_tried_again(tmp_path: P
         ("postgresql://a:b@db/mlflow", "postgresql+psycopg://c@db/mlflow", True),
         ("postgresql://a@db/mlflow", "postgresql://a@db/studies", False),
         ("sqlite:////x/mlflow.db", "sqlite:////x/mlflow.db", True),
+        ("sqlite:////x/../x/mlflow.db", "sqlite:////x/mlflow.db", True),
+        ("sqlite:///mlruns/mlflow.db", f"sqlite:///{Path.cwd()}/mlruns/mlflow.db", True),
         ("sqlite:////x/optuna.db", "http://127.0.0.1:5000", False),
         ("no url", "no url", False),
     ],
 )
 def test_a_study_does_not_share_mlflows_database(one: str, other: str, same: bool) -> None:
-    assert studies.same_database(one, other) is same
+    assert place.same_database(one, other) is same
+
+
+def test_nor_one_that_holds_mlflows_tables_under_another_name(tmp_path: Path, empty_store: Path) -> None:
+    (tmp_path / "other.db").symlink_to(empty_store)
+    before = empty_store.read_bytes()
+    with pytest.raises(UserError, match="that MLflow keeps its runs in"):
+        studies.open_storage(f"sqlite:///{tmp_path}/other.db")
+    assert empty_store.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -381,3 +450,57 @@ def test_confirmation_trains_each_fresh_slot_once(tmp_path: Path) -> None:
     found = tuning.confirm(begin(tmp_path, what), what, slot, chosen, fresh)
     assert asked == [*fresh[:4], (-1, -1), *fresh[4:]]
     assert set(found[0]) == {f"f{fold}.s{seed}" for fold, seed in fresh}
+
+
+def test_what_is_known_is_told_once(tmp_path: Path) -> None:
+    storage = studies.open_storage(f"sqlite:///{tmp_path}/optuna.db")
+    before = plan(slots=FOLDS[:1])
+    old = studies.open_study("old", storage, before)
+    tuning.search(old, before, objective, Budget(trials=3), sampler="random")
+    what = plan(slots=FOLDS[:1], context={"manifest": "m2"})
+    study = studies.open_study("new", storage, what)
+    assert studies.take_over(study, what, "old", storage) == (0, 3)
+    tuning.search(study, what, objective, Budget(trials=2), sampler="random")
+    tuning.search(old, before, objective, Budget(trials=8), sampler="random")
+    assert studies.take_over(study, what, "old", storage) == (0, 0)
+    optuna.create_study(study_name="foreign", storage=storage)
+    with pytest.raises(UserError, match="a study that tune made"):
+        studies.take_over(study, what, "foreign", storage)
+
+
+def test_a_queued_recipe_survives_a_worker_that_came_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    what = plan(slots=FOLDS[:1])
+    study = begin(tmp_path, what)
+    good = Recipe.model_validate({"optim": {"lr": 0.01}})
+    studies.try_early(study, what, good)
+
+    def while_another_sees_room(attempt: Attempt, fold: int, seed: int) -> Sequence[float]:
+        if not study.get_trials(deepcopy=False)[1].state.is_finished():
+            with monkeypatch.context() as patch:
+                limits = iter(["", "done", "done"])
+                patch.setattr(Budget, "spent", lambda *_: next(limits))
+                tuning.search(begin(tmp_path, what), what, objective, Budget(trials=1), worker=1)
+        return [0.5]
+
+    tuning.search(study, what, while_another_sees_room, Budget(trials=1), sampler="random")
+    assert len(studies.counted(study)) == 1
+    tuning.search(study, what, objective, Budget(trials=2), sampler="random")
+    assert what.space.recipe(studies.records(study)[-1].values) == good
+
+
+def test_the_base_recipe_runs_all_its_slots_however_bad_it_is(tmp_path: Path) -> None:
+    storage = studies.open_storage(f"sqlite:///{tmp_path}/optuna.db")
+    ranges = {"optim.lr": RANGES["optim.lr"]}
+    scored = {0.02: 0.9, 1e-4: 0.5}
+
+    def level(attempt: Attempt, fold: int, seed: int) -> Sequence[float]:
+        return [scored.get(attempt.values["optim.lr"], 0.8) + fold / 100]
+
+    plans = {lr: Plan(space.read(ranges, Recipe.model_validate({"optim": {"lr": lr}})), FOLDS) for lr in scored}
+    good = studies.open_study("good", storage, plans[0.02])
+    tuning.search(good, plans[0.02], level, Budget(trials=2), sampler="random")
+    study = studies.open_study("bad", storage, plans[1e-4])
+    assert studies.take_over(study, plans[1e-4], "good", storage)[0] > 0
+    tuning.search(study, plans[1e-4], level, Budget(trials=1), sampler="random")
+    (base,) = [record for record in studies.records(study) if record.is_base]
+    assert (base.outcome, len(base.scores)) == ("full", 5)

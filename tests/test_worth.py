@@ -11,6 +11,7 @@ from octofold.data.journal import Entry, Journal, replay
 from octofold.data.manifest import Manifest, read
 from octofold.errors import UserError
 from octofold.tune import worth
+from world import make_world
 
 WRONG = {4: 2, 9: 1, 20: 0}
 
@@ -83,3 +84,14 @@ def test_two_different_problems_are_not_compared(tmp_path: Path) -> None:
     for other in ({"competition": "other"}, {"classes": (*CLASSES, "plum")}):
         with pytest.raises(UserError, match="two versions of one manifest"):
             worth.trusted_rows(old, dataclasses.replace(new, **other), journal)
+
+
+def test_points_that_a_person_kept_are_reviewed(tmp_path: Path) -> None:
+    table = make_world(tmp_path, task="keypoints")
+    ids = table.sample_ids.tolist()
+    journal = Journal(tmp_path / "decisions.jsonl")
+    journal.append([*(Entry(name, "keep") for name in ids[:30]), Entry(ids[30], "drop")])
+    moved = table.table.copy()
+    moved.loc[5, "tip_x"] += 3
+    rows = worth.trusted_rows(table, dataclasses.replace(table, table=moved), journal)
+    assert rows["reviewed"].nonzero()[0].tolist() == [row for row in range(30) if row != 5]

@@ -273,7 +273,7 @@ class Export(Section):
     competition: str = Field(pattern=COMPETITION, description="name of the problem")
     member: str = Field(description="recipe name")
     stage: Literal["", "staging", "production"] = Field(
-        "", description="which versions; empty = the newest of each slot"
+        "", description="which versions; empty = the newest of each slot, on the manifest at hand if there is one"
     )
     out: Path | None = Field(None, description="bundle to write (.zip); none = runs/export/<competition>.<member>.zip")
 

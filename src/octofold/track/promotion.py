@@ -70,6 +70,8 @@ def promote(
 ) -> list[Move]:
     """Move the latest version of each of a member's slots to `stage`, or just these versions; say what it replaced.
 
+    The latest is that of the manifest at hand, where there is one.
+
     Args:
         run: the MLflow run that keeps the audit trail.
         competition: name of the problem.
@@ -85,7 +87,7 @@ def promote(
     Raises:
         UserError: no such member, or the gate stays shut.
     """
-    latest = newest(competition, member)
+    latest = newest(competition, member, manifest_hash)
     if not latest:
         raise UserError(
             f"member '{member}' of {competition}" if member else f"competition '{competition}'",
@@ -93,18 +95,23 @@ def promote(
             got=f"none in {redact(uri())}; members there: {preview(registry.newest(competition)) or 'none'}",
             fix="train it first, or set MLFLOW_TRACKING_URI to the store it was trained in",
         )
-    given, others = (latest, []) if filled is None else _exactly(competition, latest, filled, stage)
+    given = latest if filled is None else _exactly(competition, latest, filled, stage)
     chosen = [
         (slot, place)
         for slot, place in given
         if (folds is None or slot.fold in folds) and (seeds is None or slot.seed in seeds)
     ]
+    others = _standing(competition, latest, {slot.name for slot, _ in chosen}, stage)
     for name in sorted({slot.member for slot, _ in latest}):
-        mine = [slot for slot in [*(slot for slot, _ in chosen), *others] if slot.member == name]
+        if not (mine := [slot for slot, _ in chosen if slot.member == name]):
+            raise UserError(f"member '{name}'", expected="slots among those folds and seeds", got="none")
+        mine += [slot for slot in others if slot.member == name]
         check(name, mine, stage, manifest_hash, all_folds, seeds, force)
     moves = [_plan(slot, stage, place) for slot, place in chosen]
-    moves = _since_unfinished(competition, stage, moves)
+    moves, unfinished = _since_unfinished(competition, stage, moves)
     _begin(run, stage, moves)
+    for run_id in unfinished:  # only now: cut in between, there would be no way back to what was before
+        tracking.client().set_tag(run_id, STATE, "superseded")
     _apply(moves, [place for _, place in chosen])
     for slot, _ in chosen:
         versions.set_version_tags(slot.name, slot.version, {f"promotion.{stage}": run.id})
@@ -112,33 +119,48 @@ def promote(
     return moves
 
 
-def newest(competition: str, member: str) -> list[tuple[Slot, Place]]:
-    """Return the latest version of each of a member's slots (empty = every member's), and where its versions stand."""
+def newest(competition: str, member: str, manifest_hash: str | None = None) -> list[tuple[Slot, Place]]:
+    """Return the latest version of each of a member's slots (empty = every member's), and where its versions stand.
+
+    Of a slot trained on the manifest of this hash and on others, the latest of those on this one.
+    """
     listed = registry.models(competition, [member] if member else None)
-    return [(slot, _place(model)) for model in listed if (slot := registry.newest_of(model)) is not None]
+    slots = registry.newest_on(listed, manifest_hash)
+    return [(slot, _place(model)) for model, slot in zip(listed, slots, strict=True) if slot is not None]
 
 
 def _exactly(
     competition: str, latest: Sequence[tuple[Slot, Place]], filled: Sequence[str], stage: str
-) -> tuple[list[tuple[Slot, Place]], list[Slot]]:
-    """Return the versions named, with their places, and what stands in `stage` in the other slots of their members.
-
-    The others do not move, but will be bagged with those that do: the gate looks at both.
+) -> list[tuple[Slot, Place]]:
+    """Return the versions named, with their places.
 
     Raises:
         UserError: no such version.
     """
-    known = registry.slots(competition, sorted({slot.member for slot, _ in latest}))
-    slots = {f"{slot.name}/{slot.version}": slot for named in known.values() for one in named.values() for slot in one}
+    slots = _versions(competition, latest)
     if absent := [version for version in filled if version not in slots]:
         raise UserError(
             f"promotion to {stage}", expected="registered versions", got=f"nothing registered as {preview(absent)}"
         )
     places = {slot.name: place for slot, place in latest}
-    chosen = [(slots[version], places[slots[version].name]) for version in filled]
-    rest = set(places) - {slot.name for slot, _ in chosen}
-    standing = [f"{name}/{places[name].aliases[stage]}" for name in sorted(rest) if stage in places[name].aliases]
-    return chosen, [slots[version] for version in standing if version in slots]
+    return [(slots[version], places[slots[version].name]) for version in filled]
+
+
+def _standing(competition: str, latest: Sequence[tuple[Slot, Place]], chosen: set[str], stage: str) -> list[Slot]:
+    """Return what stands in `stage` in the slots that do not move.
+
+    It will be bagged with those that do: the gate looks at both.
+    """
+    rest = {slot.name: place.aliases.get(stage) for slot, place in latest if slot.name not in chosen}
+    names = [f"{name}/{version}" for name, version in sorted(rest.items()) if version is not None]
+    slots = _versions(competition, latest) if names else {}
+    return [slots[name] for name in names if name in slots]
+
+
+def _versions(competition: str, latest: Sequence[tuple[Slot, Place]]) -> dict[str, Slot]:
+    """Every version of these members' slots, by ``<registered name>/<version>``."""
+    known = registry.slots(competition, sorted({slot.member for slot, _ in latest}))
+    return {f"{slot.name}/{slot.version}": slot for named in known.values() for one in named.values() for slot in one}
 
 
 def check(
@@ -174,8 +196,6 @@ def check(
         wrong.append(("one class order", "slots that differ in it", "train the member again"))
     if len({slot.recipe_hash for slot in slots}) > 1:
         wrong.append(("one recipe", "slots trained by different recipes", "train the rest again, or rename the member"))
-    if not slots:
-        raise UserError(f"member '{member}'", expected="slots among those folds and seeds", got="none")
     if wrong and not force:
         raise UserError(
             f"gate of {stage}: member '{member}'",
@@ -206,14 +226,7 @@ def rollback(run: tracking.Run, competition: str, member: str, stage: str) -> li
     mine = [move for move in moves if not member or move.member == member]
     places = _places_of([move.name for move in mine])
     for move, now in zip(mine, places, strict=True):
-        expected = (move.after.aliases.get(stage), move.before.aliases.get(stage))  # the latter if a rollback was cut
-        if now.aliases.get(stage) not in expected:
-            raise UserError(
-                f"{move.name}, {stage}",
-                expected=f"version {move.version}, as promoted by run {info.id}",
-                got=f"version {now.aliases.get(stage, 'none')}, moved since",
-                fix="promote or move it by hand; a rollback would undo somebody else's choice",
-            )
+        _check_unmoved(move, now, stage, info.id)
     back = [Move(m.name, m.member, m.replaced, m.version, before=m.after, after=m.before) for m in mine]
     run.set_tags({"rollback.of": info.id, "rollback.stage": stage})
     run.log_dict({"rolled_back": info.id, "moves": [asdict(move) for move in back]}, "rollback.json")
@@ -225,6 +238,35 @@ def rollback(run: tracking.Run, competition: str, member: str, stage: str) -> li
     else:
         api.set_tag(info.id, STATE, "rolled_back")
     return back
+
+
+def _check_unmoved(move: Move, now: Place, stage: str, run_id: str) -> None:
+    """Refuse to undo a move after which somebody moved the alias, or the legacy stage, to another version.
+
+    What is as it was before is taken for a rollback that was cut.
+
+    Raises:
+        UserError: moved since.
+    """
+    alias, mirror = now.aliases.get(stage), _mirror(now, stage)
+    is_whole = alias == move.after.aliases.get(stage) and now.records.get(stage, "") == move.after.records[stage]
+    mirrors = [_mirror(move.after, stage)] + ([] if is_whole else [_mirror(move.before, stage), None])
+    odd = None
+    if alias not in (move.after.aliases.get(stage), move.before.aliases.get(stage)):
+        odd = f"version {alias or 'none'}"
+    elif versions.has_stages() and mirror not in mirrors:
+        odd = f"MLflow stage on version {mirror or 'none'}"
+    if odd:
+        raise UserError(
+            f"{move.name}, {stage}",
+            expected=f"version {move.version}, as promoted by run {run_id}",
+            got=f"{odd}, moved since",
+            fix="promote or move it by hand; a rollback would undo somebody else's choice",
+        )
+
+
+def _mirror(place: Place, stage: str) -> int | None:
+    return max((int(version) for version, kept in place.stages.items() if kept == LEGACY[stage]), default=None)
 
 
 def _plan(slot: Slot, stage: str, before: Place) -> Move:
@@ -303,15 +345,16 @@ def _moves_of(run_id: str) -> list[Move]:
     ]
 
 
-def _since_unfinished(competition: str, stage: str, moves: list[Move]) -> list[Move]:
-    """A promotion that was cut half way is finished now: its "before" is the one to come back to."""
+def _since_unfinished(competition: str, stage: str, moves: list[Move]) -> tuple[list[Move], list[str]]:
+    """A promotion that was cut half way is finished now: its "before" is the one to come back to; and its runs."""
     was: dict[str, Move] = {}
+    runs = []
     for info in _audits(competition, stage, ("started",)):
         earlier = _moves_of(info.id)
         if {move.name for move in earlier} <= {move.name for move in moves}:
             was |= {move.name: move for move in earlier}
-            tracking.client().set_tag(info.id, STATE, "superseded")
+            runs.append(info.id)
     return [
         Move(m.name, m.member, m.version, was[m.name].replaced, was[m.name].before, m.after) if m.name in was else m
         for m in moves
-    ]
+    ], runs

@@ -164,6 +164,18 @@ def newest_of(model: Any) -> Slot | None:
     return None if latest is None else _slot(latest)
 
 
+def newest_on(listed: Sequence[Any], manifest_hash: str | None) -> list[Slot | None]:
+    """Return the latest version of each registered model, of those trained on this manifest where there are any.
+
+    `worth` trains a member on the manifest before too, and may do so after it was trained on the one at hand.
+    """
+    found = [newest_of(model) for model in listed]
+    odd = [slot.name for slot in found if slot and manifest_hash and slot.manifest_hash != manifest_hash]
+    there = sorted(map(_slot, versions.versions_of(odd)), key=lambda slot: slot.version) if odd else []
+    fitting = {slot.name: slot for slot in there if slot.manifest_hash == manifest_hash}
+    return [slot and fitting.get(slot.name, slot) for slot in found]
+
+
 def resolve(competition: str, stage: str, members: Sequence[str] | None = None) -> dict[str, list[Slot]]:
     """Return the slots that stand in `stage`, ``{member: slots by fold and seed}``.
 

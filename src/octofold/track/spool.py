@@ -4,12 +4,13 @@ One JSON-lines file per run; a line is appended and flushed before the caller go
 doing it twice is harmless, because MLflow keeps one copy of a metric with the same key, step, time and value.
 """
 
+import contextlib
 import fcntl
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 Note = dict[str, Any]
 
@@ -21,14 +22,16 @@ class Spool:
         self.path = path
 
     def __len__(self) -> int:
-        return len(self._read()) if self.path.exists() else 0
+        with contextlib.suppress(FileNotFoundError):
+            return len(_parse(self.path.read_bytes()))
+        return 0
 
     def append(self, note: Note) -> None:
         """Put a note at the end; it is on the disk when this returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.write(json.dumps(note) + "\n")
+        with self._locked("a+b") as file:
+            torn = file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+            file.write((b"\n" if torn else b"") + json.dumps(note).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -37,27 +40,32 @@ class Spool:
 
         If `send` raises, all stay: the next delivery repeats them. Two processes cannot deliver at once.
         """
-        if not self.path.exists():
+        try:
+            opened = self._locked("r+b")
+        except FileNotFoundError:
             return 0
-        with self.path.open("r+", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with opened as file:
             notes = _parse(file.read())
             if notes:
                 send(notes)
-            file.truncate(0)
-            self.path.unlink(missing_ok=True)
+            self.path.unlink()
         return len(notes)
 
-    def _read(self) -> list[Note]:
-        return _parse(self.path.read_text(encoding="utf-8"))
+    def _locked(self, mode: str) -> IO[bytes]:
+        """Open the file and wait for its lock; anew, if it was delivered and removed while we waited."""
+        while True:
+            file = self.path.open(mode)
+            fcntl.flock(file, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+                    return file
+            file.close()
 
 
-def _parse(text: str) -> list[Note]:
-    """A line cut by a full disk or a kill is the last one, and was never confirmed: leave it out."""
+def _parse(text: bytes) -> list[Note]:
+    """A line cut by a full disk or a kill was never confirmed: leave it out."""
     notes = []
-    for line in text.splitlines():
-        try:
+    for line in text.split(b"\n"):
+        with contextlib.suppress(ValueError):
             notes.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     return notes

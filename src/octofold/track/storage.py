@@ -3,11 +3,10 @@
 MLflow writes absolute paths into its database. `relocate` rewrites them, and only them, in one transaction.
 """
 
+import contextlib
 import logging
 import shutil
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -69,7 +68,7 @@ def relocate(old: str = "", dry: bool = False) -> dict[str, int]:
     file = database(uri())
     if not file.exists():
         raise UserError(file, expected="the store that was moved here", got="no such file")
-    here = file.parent if file.parent.name == "mlruns" else file.parent / "mlruns"
+    here = _home(file)
     with locked(lock_file(uri())), closing(sqlite3.connect(file, timeout=60)) as base:
         before = _as_folder(old) if old else _old_place(base, here)
         if before is None or before == here:
@@ -87,15 +86,21 @@ def relocate(old: str = "", dry: bool = False) -> dict[str, int]:
                         base.execute(update, (new, len(was) + 1, *where))
                 if count:
                     changed[f"{table}.{column}"] = count
-    if old and not changed:
+        done = _is_all_here(base, here)
+    if old and not changed and not done:
         raise UserError(
             f"--old {old}", expected="the folder mlruns stood in before", got="nothing in the store is there"
         )
     return changed
 
 
+def _home(file: Path) -> Path:
+    """The `mlruns` folder in which a sqlite store keeps its artifacts (see `store.artifact_root`)."""
+    return file.parent if file.parent.name == "mlruns" else file.parent / "mlruns"
+
+
 def _as_folder(text: str) -> Path:
-    path = Path(unquote(urlsplit(text).path) if text.startswith("file:") else text).expanduser()
+    path = Path(unquote(urlsplit(text).path) if text.startswith("file:") else text).expanduser().absolute()
     return path if path.name == "mlruns" else path / "mlruns"
 
 
@@ -103,6 +108,12 @@ def _present(base: sqlite3.Connection) -> Iterator[tuple[str, str]]:
     for table, columns in _COLUMNS.items():
         have = {row[1] for row in base.execute(f"PRAGMA table_info({table})")}
         yield from ((table, column) for column in columns if column in have)
+
+
+def _is_all_here(base: sqlite3.Connection, here: Path) -> bool:
+    """Whether there are runs, and all keep their artifacts in `here`: the store was relocated before."""
+    found = [str(row[0]) for row in base.execute("SELECT artifact_uri FROM runs")]
+    return bool(found) and all(place.startswith((f"{here.as_uri()}/", f"{here}/")) for place in found)
 
 
 def _old_place(base: sqlite3.Connection, here: Path) -> Path | None:
@@ -127,14 +138,18 @@ def _old_place(base: sqlite3.Connection, here: Path) -> Path | None:
 def rubbish(work_days: float = 7.0) -> list[Rubbish]:
     """List what nothing refers to, biggest first; nothing is removed.
 
-    Runs deleted in MLflow that no registered version comes from; artifact folders of runs the store does not know;
-    downloaded models that no version has; unfinished trainings untouched for `work_days` days.
+    Runs deleted in MLflow that no registered version comes from, if their artifacts are in ``mlruns/``; artifact
+    folders of this store's experiments whose run it does not know; downloaded models that no version has; unfinished
+    trainings untouched for `work_days` days.
     """
     if not uri().startswith("sqlite"):
         raise UserError(
             "gc", expected="a local sqlite store", got="a server", fix="run `mlflow gc` where the server runs"
         )
-    api = tracking.client()
+    api, mlruns = tracking.client(), _home(database(uri()))
+    # Folders before runs and versions, or what is begun meanwhile looks unknown.
+    folders = [folder for folder in sorted(mlruns.glob("artifacts/*/*")) if folder.is_dir() and len(folder.name) == 32]
+    cached = sorted(mlruns.glob("cache/*"))
     listed = pages(lambda token: api.search_experiments(view_type=_ALL, page_token=token))
     ids = [experiment.experiment_id for experiment in listed]
     runs = pages(lambda token: api.search_runs(ids, run_view_type=_ALL, max_results=1000, page_token=token))
@@ -145,37 +160,52 @@ def rubbish(work_days: float = 7.0) -> list[Rubbish]:
         for run in runs
         if run.info.lifecycle_stage == "deleted" and run.info.run_id not in needed
         for folder in [_local(run.info.artifact_uri)]
+        if folder.is_relative_to(mlruns)
     ]
-    mlruns = database(uri()).parent
-    known = {run.info.run_id for run in runs}
-    for folder in sorted(mlruns.glob("artifacts/*/*")):
-        if folder.is_dir() and len(folder.name) == 32 and folder.name not in known:
+    known = {run.info.run_id for run in runs} | _runs_beside(mlruns)
+    ours = {item.artifact_location for item in listed}
+    for folder in folders:
+        if folder.name not in known and folder.parent.as_uri() in ours:
             found.append(Rubbish(folder, "artifacts of a run that is not in the store", _size(folder)))
-    for folder in sorted(mlruns.glob("cache/*")):
+    for folder in cached:
         if folder.name not in shas:
             found.append(Rubbish(folder, "downloaded model of no version", _size(folder)))
     return sorted([*found, *_stale(mlruns / "work", work_days)], key=lambda item: -item.bytes)
 
 
+def _runs_beside(mlruns: Path) -> set[str]:
+    """Runs of every sqlite store that keeps its artifacts in this `mlruns` (see `_home`)."""
+    found: set[str] = set()
+    for file in {*mlruns.glob("*.db"), *mlruns.parent.glob("*.db")}:
+        with contextlib.suppress(sqlite3.DatabaseError), closing(sqlite3.connect(file, timeout=60)) as base:
+            found |= {row[0] for row in base.execute("SELECT run_uuid FROM runs")}
+    return found
+
+
 def _stale(work: Path, days: float) -> Iterator[Rubbish]:
     for folder in sorted(work.glob("*/*/*")):
         files = [path.stat().st_mtime for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
-        if folder.is_dir() and time.time() - max(files, default=0.0) > days * 86400:
+        if folder.is_dir() and time.time() - max(files, default=folder.stat().st_mtime) > days * 86400:
             yield Rubbish(folder, f"unfinished training, untouched for {days:g} days", _size(folder))
 
 
 def remove(items: Sequence[Rubbish]) -> int:
-    """Remove rubbish: folders, and deleted runs by MLflow's own gc, rows and all; return the bytes freed."""
-    runs = [item.run_id for item in items if item.run_id]
-    if runs:
-        command = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", uri(), "--run-ids", ",".join(runs)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError("mlflow gc", expected="to remove deleted runs", got=done.stderr.strip()[-500:])
+    """Remove rubbish: folders, and deleted runs, rows and all; return the bytes freed.
+
+    ``mlflow gc --run-ids`` would also purge every deleted experiment, with runs that registered versions come from.
+    """
+    api = tracking.client()
+    freed = 0
     for item in items:
+        if item.run_id:
+            if api.get_run(item.run_id).info.lifecycle_stage != "deleted":
+                log.info("left %s: its run was restored meanwhile", item.path)
+                continue
+            api._tracking_client.store._hard_delete_run(item.run_id)
         shutil.rmtree(item.path, ignore_errors=True)
+        freed += item.bytes
         log.info("removed %s (%s)", item.path, item.why)
-    return sum(item.bytes for item in items)
+    return freed
 
 
 def _local(address: str) -> Path:

@@ -124,6 +124,17 @@ def artifact_root(store: str, name: str = "") -> str | None:
     return (folder / "artifacts" / name).as_uri()
 
 
+def quoted(text: str) -> str:
+    """Return a value as MLflow's filters want it.
+
+    Raises:
+        UserError: it holds both kinds of quotes, for which MLflow's filters have no spelling.
+    """
+    if "'" in text and '"' in text:
+        raise UserError(repr(text), expected="a name without quotes", got="both ' and \"")
+    return f'"{text}"' if "'" in text else f"'{text}'"
+
+
 def pages(page: Callable[[str | None], Any]) -> list[Any]:
     """Return every item of an MLflow listing that comes in pages; `page` takes the token of the next one."""
     found: list[Any] = []

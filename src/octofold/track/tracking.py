@@ -25,7 +25,7 @@ from octofold.files import ROOT
 from octofold.track.outage import PAUSE_S, beside_others, explained, is_outage, patiently
 from octofold.track.provenance import git_diff, git_tags, identity, is_orphan
 from octofold.track.spool import Note, Spool
-from octofold.track.store import adopt, artifact_root, check_reachable, database, lock_file, locked, pages, uri
+from octofold.track.store import adopt, artifact_root, check_reachable, database, lock_file, locked, pages, quoted, uri
 
 log = logging.getLogger("octofold")
 _MOVED = "was it deleted, or mlruns/ moved? `relocate` mends a moved folder"
@@ -123,7 +123,7 @@ def find_runs(
     ``mlflow run`` puts a run in the experiment it was told, so the tag `competition` counts, not the experiment.
     """
     api = client()
-    clauses = [f"tags.`{key}` = '{value}'" for key, value in {"competition": competition, **(tags or {})}.items()]
+    clauses = [f"tags.`{key}` = {quoted(value)}" for key, value in {"competition": competition, **(tags or {})}.items()]
     if len(statuses) == 1:
         clauses.append(f"attributes.status = '{statuses[0]}'")
     ids = [item.experiment_id for item in pages(lambda token: api.search_experiments(page_token=token))]

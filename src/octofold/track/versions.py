@@ -7,7 +7,7 @@ from typing import Any
 
 from octofold.errors import UserError, redact
 from octofold.track.outage import error_code, patiently
-from octofold.track.store import pages, uri
+from octofold.track.store import pages, quoted, uri
 from octofold.track.tracking import client
 
 _AT_ONCE = 100  # names in one filter: through a server it travels in the URL
@@ -15,7 +15,7 @@ _AT_ONCE = 100  # names in one filter: through a server it travels in the URL
 
 def registered_models(prefix: str) -> list[Any]:
     """Return the registered models whose name begins so, with aliases, tags and the highest version of each stage."""
-    filters = f"name LIKE '{prefix}%'"  # `_` is a wildcard in LIKE, so look again
+    filters = f"name LIKE {quoted(prefix + '%')}"  # `_` is a wildcard in LIKE, so look again
     found = patiently(
         lambda: pages(lambda token: client().search_registered_models(filters, max_results=1000, page_token=token))
     )
@@ -26,8 +26,8 @@ def versions_of(names: Sequence[str], also: str = "") -> list[Any]:
     """Return every version of the registered models `names`; `also` is one more MLflow filter."""
     found: list[Any] = []
     for start in range(0, len(names), _AT_ONCE):
-        quoted = ", ".join(f"'{name}'" for name in names[start : start + _AT_ONCE])
-        filters = f"name IN ({quoted})" + (f" and {also}" if also else "")
+        listed = ", ".join(map(quoted, names[start : start + _AT_ONCE]))
+        filters = f"name IN ({listed})" + (f" and {also}" if also else "")
         found += patiently(partial(_search, filters))
     return found
 

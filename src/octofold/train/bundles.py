@@ -10,6 +10,7 @@ import logging
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,8 +47,11 @@ def export(settings: Export) -> dict[str, Any]:
     if settings.stage:
         slots = registry.resolve(settings.competition, settings.stage, [settings.member])[settings.member]
     else:
-        known = registry.slots(settings.competition, [settings.member]).get(settings.member, {})
-        slots = [versions[-1] for _, versions in sorted(known.items()) if versions]
+        file = ROOT / "data" / settings.competition / "manifest.csv"
+        at_hand = manifests.read(file).hash if file.exists() else None
+        listed = registry.models(settings.competition, [settings.member])
+        found = [slot for slot in registry.newest_on(listed, at_hand) if slot is not None]
+        slots = sorted(found, key=lambda slot: slot.name)
     if not slots:
         raise UserError(f"member '{settings.member}'", expected="registered fold models", got="none", fix="train it")
     out = settings.out or ROOT / "runs" / "export" / f"{settings.competition}.{settings.member}.zip"
@@ -145,7 +149,7 @@ def _unzip(source: Path, folder: Path) -> list[Listed]:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with bundle.open(one.name) as inside, target.open("wb") as file:
                     shutil.copyfileobj(inside, file)
-    except (zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError, EOFError) as error:
+    except (zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
         raise UserError(source, expected=f"a bundle (zip with {LIST})", got=str(error)[:200]) from error
     return listed
 
@@ -217,8 +221,11 @@ def check(home: Path, table: Manifest) -> tuple[ModelCard, list[Predictions]]:
         if expected != got:
             raise UserError(where, expected=f"{what}: {expected}", got=str(got))
     held = set(table.sample_ids[table.fold == card.fold].tolist())
-    found = [Predictions.load(path) for path in sorted((home / "oof").glob("*.parquet"))]
-    for oof in found:
+    loaded = {path.stem: Predictions.load(path) for path in sorted((home / "oof").glob("*.parquet"))}
+    found = list(loaded.values())
+    for views, oof in loaded.items():
+        if oof.views != views:
+            raise UserError(f"{where}: oof/{views}.parquet", expected=f"views {views}", got=f"views {oof.views}")
         folds = set() if oof.fold is None else set(oof.fold.tolist())
         if folds != {card.fold} or set(oof.sample_ids.tolist()) != held:
             odd = held ^ set(oof.sample_ids.tolist())

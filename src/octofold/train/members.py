@@ -22,7 +22,7 @@ from octofold.compute import Devices, device_setup
 from octofold.data import manifest
 from octofold.data.manifest import Manifest
 from octofold.errors import Handover, UserError, preview
-from octofold.files import ROOT, existing
+from octofold.files import ROOT
 from octofold.infer import serving
 from octofold.metrics import fingerprint
 from octofold.nets import gallery
@@ -35,7 +35,7 @@ from octofold.track.leases import Lessee
 from octofold.track.outage import patiently
 from octofold.track.provenance import outlive
 from octofold.track.tracking import RunInfo
-from octofold.train import checkpoint, interrupt, training
+from octofold.train import checkpoint, interrupt, origin, training
 from octofold.workers import Job
 
 log = logging.getLogger("octofold")
@@ -119,7 +119,7 @@ def _accompany(recipe: Recipe, table: Manifest, devices: Devices) -> NoReturn:
         if not job:
             continue  # the main process waits for other machines
         fold, seed = job
-        folder, start = _folder(table, recipe, fold, seed), _start(recipe, fold, seed)
+        folder, start = _folder(table, recipe, fold, seed), origin.find(recipe, fold, seed)
         training.train_slot(recipe, table, fold, seed, folder, lambda *_: None, devices, start)
     raise SystemExit(0)
 
@@ -203,8 +203,8 @@ def _check_slot(config: Train, recipe: Recipe, table: Manifest, runs: list[RunIn
     mine = [run for run in runs if _slot_tags(fold, seed).items() <= run.tags.items()]
     if (done := _filled(mine)) is not None:  # whatever lies in the folder: another machine has filled it meanwhile
         return _check_views(recipe, done, [Path(name).stem for name in tracking.list_artifacts(done.id, "oof")])
-    start = _start(recipe, fold, seed)
-    _check_start(recipe, table, fold, start)
+    start = origin.find(recipe, fold, seed)
+    origin.check(recipe, table, fold, start)
     if (folder / "identity.json").exists():
         checkpoint.claim(folder, checkpoint.identity(recipe, table.hash, fold, seed, start))
 
@@ -220,46 +220,8 @@ def _check_views(recipe: Recipe, done: RunInfo, kept: Iterable[str]) -> None:
         )
 
 
-def _check_start(recipe: Recipe, table: Manifest, fold: int, start: Path | None) -> None:
-    """Refuse starting weights of this competition that have trained on the rows held out here: OOF would flatter."""
-    if start is None or not (start.is_dir() or start.name == "model.safetensors"):
-        return
-    folder = start if start.is_dir() else start.parent
-    card = read_card(folder) if (folder / "model.json").exists() else None
-    if card is None or card.competition != table.competition:
-        return
-    where, origin = f"model.weights: {recipe.model.weights}", f"{card.member} of fold {card.fold}"
-    if card.fold != fold:
-        raise UserError(
-            where,
-            expected=f"weights that have not seen the rows held out in fold {fold} of {table.competition}",
-            got=f"{origin}, which was trained on them: the OOF would flatter",
-            fix="use {fold} in model.weights, so that each fold goes on from the model of the same fold",
-        )
-    if card.manifest_hash != table.hash:
-        log.warning(
-            "%s: %s was trained on manifest %s, not on this one (%s). If folds were drawn anew it has seen rows held"
-            " out here, and the OOF flatters; prepare --previous keeps old samples in their folds",
-            where, origin, card.manifest_hash[:12] or "unknown", table.hash[:12],
-        )  # fmt: skip
-
-
 def _slot_tags(fold: int, seed: int) -> dict[str, str]:
     return {"entry": "train.slot", "fold": str(fold), "seed": str(seed)}
-
-
-def _start(recipe: Recipe, fold: int, seed: int) -> Path | None:
-    """The file or checkpoint folder a slot's training starts from, if the recipe names one.
-
-    ``{fold}`` and ``{seed}`` in `model.weights` become the slot's, so that each fold goes on from a model that has not
-    seen its held-out rows either.
-    """
-    place = recipe.model.weights.replace("{fold}", str(fold)).replace("{seed}", str(seed))
-    if place in ("none", "pretrained", "package"):
-        return None
-    if place.startswith("models:/"):
-        return registry.find_checkpoint(tracking.fetch_uri(place, f"model.weights: {place}"))
-    return existing(place, "weights (.safetensors, .pth, .pt, or a checkpoint folder)")
 
 
 def _runs(call: Call, fold: int, seed: int) -> list[RunInfo]:
@@ -321,7 +283,7 @@ def _train(call: Call, fold: int, seed: int, resume: str | None) -> Filled:
                 run.log_metrics(metrics, step=epoch)
 
         call.devices.from_main((fold, seed))
-        start = _start(recipe, fold, seed)
+        start = origin.find(recipe, fold, seed)
         result = training.train_slot(recipe, table, fold, seed, folder, report, call.devices, start)
         lessee.check(_slot(fold, seed))
         for extra in ("profile", "tensorboard"):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from scipy import stats
 
 from octofold import config, plots
 from octofold.blend import estimate
@@ -127,10 +128,6 @@ def arms(base: Recipe, field: str, values: Sequence[str], others: Sequence[Any])
     Raises:
         UserError: nothing to compare, an unknown field or value, or two arms of one name.
     """
-    if base.overfit:
-        raise UserError(
-            "probe", expected="overfit: 0, since nothing is compared on rows trained on", got=str(base.overfit)
-        )
     if bool(field) == bool(others) or (field and len(values) < 2):
         raise UserError(
             "probe",
@@ -143,6 +140,10 @@ def arms(base: Recipe, field: str, values: Sequence[str], others: Sequence[Any])
         paths = [existing(path, "a recipe (YAML)") for path in others]
         found = [base, *(config.build(Recipe, config.read_yaml(path), path) for path in paths)]
         found = [arm.model_copy(update={"folds": base.folds, "seeds": base.seeds, "tta": base.tta}) for arm in found]
+    for arm in found:
+        if arm.overfit:
+            expected = "overfit: 0, since nothing is compared on rows trained on"
+            raise UserError(f"probe: {arm.member}", expected=expected, got=str(arm.overfit))
     names = [arm.member for arm in found]
     if len(set(names)) < len(names):
         raise UserError("probe", expected="arms with different member names", got=preview(names, 12))
@@ -157,7 +158,7 @@ def _varied(base: Recipe, field: str, text: str) -> Recipe:
     try:
         for name in path:
             inner = inner[int(name)] if isinstance(inner, list) else inner[name]
-        known = last in inner
+        known = isinstance(inner, dict) and last in inner
     except (KeyError, IndexError, ValueError, TypeError):
         known = False
     if not known:
@@ -176,8 +177,8 @@ def compare(
     """Compare arms on the rows all of them predicted out of fold.
 
     Rows are resampled in whole groups, the same for every arm, and scores averaged over training seeds; with several
-    seeds the interval is widened by the spread of the paired gain over them. With more than two arms the intervals are
-    Bonferroni's, so that "better" is not the luck of having looked often.
+    seeds the interval is widened by the spread of the paired gain over them (Student's t). With more than two arms the
+    intervals are Bonferroni's, so that "better" is not the luck of having looked often.
 
     Args:
         oofs: OOF by arm and training seed; the first arm is the reference. Every arm has the same seeds and rows.
@@ -201,7 +202,9 @@ def compare(
         paired = sign * (draws[arm] - draws[0]).mean(axis=0)  # (R,)
         gains = sign * (scores[arm] - scores[0])  # (S,)
         spread = float(gains.std(ddof=1)) if len(seeds) > 1 else float("nan")
-        extra = 1.96 * spread / np.sqrt(len(seeds)) if len(seeds) > 1 else 0.0
+        # Few seeds tell their own spread badly: Student's t, at the tail the interval has for all its looks.
+        wide = float(stats.t.ppf(1 - tail, len(seeds) - 1)) if len(seeds) > 1 else 0.0
+        extra = wide * spread / np.sqrt(len(seeds)) if len(seeds) > 1 else 0.0
         gain = float(gains.mean())
         ends = np.quantile(paired - paired.mean(), [tail, 1 - tail])
         low, high = gain - float(np.hypot(ends[0], extra)), gain + float(np.hypot(ends[1], extra))

@@ -12,6 +12,7 @@ import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Union, get_args, get_origin
 
 from pydantic import Field
@@ -20,8 +21,8 @@ from octofold.config import Section, build
 from octofold.errors import UserError
 from octofold.recipe import Recipe
 
-FIXED = ("member", "metric", "folds", "seeds")
-"""Fields that say what is measured: searching them would pick a kinder yardstick, not a better recipe."""
+FIXED = ("member", "metric", "folds", "seeds", "overfit", "classes", "select", "tta", "runtime")
+"""Fields that say what is measured, or how fast: searching them would pick a kinder yardstick, not a better recipe."""
 
 Values = dict[str, Any]
 
@@ -108,7 +109,10 @@ class Space:
         plain = recipe.model_dump(mode="json")
 
         def ask(knob: Knob) -> Any:
-            value = _get(plain, knob.field)
+            try:
+                value = _get(plain, knob.field)
+            except (KeyError, IndexError, TypeError):
+                raise UserError(f"space.{knob.field}", expected=str(knob), got="no such field in the recipe") from None
             if not knob.holds(value):
                 raise UserError(f"space.{knob.field}", expected=str(knob), got=f"{value!r} in the recipe")
             return encode(value)
@@ -176,6 +180,10 @@ def _knob(field: str, spec: Any, base: Recipe, source: object) -> Knob:
         raise UserError(where, expected=f"choices: [...] (the field is {kind})", got="no choices")
     if limits.low is None or limits.high is None:
         raise UserError(where, expected="low and high, or choices", got=f"low {limits.low}, high {limits.high}")
+    if not (isfinite(limits.low) and isfinite(limits.high)):
+        raise UserError(where, expected="low and high that are finite", got=f"low {limits.low:g}, high {limits.high:g}")
+    if kind == "int" and limits.step and limits.step != int(limits.step):
+        raise UserError(where, expected="a whole step (the field is int)", got=f"step {limits.step:g}")
     if not limits.low < limits.high:
         raise UserError(where, expected="low < high", got=f"low {limits.low:g}, high {limits.high:g}")
     if limits.log and (limits.low <= 0 or limits.step):

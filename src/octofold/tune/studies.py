@@ -5,9 +5,10 @@ out again under a new number, with its values, its notes (run ids) and the score
 """
 
 import contextlib
+import datetime
 import fcntl
 import logging
-import os
+import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,15 +27,17 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from octofold import plots
 from octofold.config import build
 from octofold.errors import UserError, preview
-from octofold.files import ROOT
 from octofold.recipe import Recipe
-from octofold.track import provenance, store
+from octofold.track import provenance
+from octofold.tune import place
 from octofold.tune.space import Knob
 from octofold.tune.trials import NOT_BASE, Plan, Record, winner
 
 HEARTBEAT_S, GRACE_S = 60, 180
 RETRIES = 5
 """How often a trial is given out again after its process died; more, and the trial itself is what kills."""
+PAST, SO_FAR = "past_s", "so_far_s"
+"""User attributes of a trial: seconds it took before it was given out again, and since (told after each slot)."""
 HINTS = 5
 """How many of an earlier study's best trials are tried again where their scores cannot be taken over."""
 
@@ -48,33 +51,6 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def address(given: str = "") -> str:
-    """Return the storage's URL: the one given, ``OCTOFOLD_STORAGE``, or sqlite in the project's ``mlruns/``.
-
-    Raises:
-        UserError: it is MLflow's own database.
-    """
-    url = given or os.environ.get("OCTOFOLD_STORAGE") or f"sqlite:///{ROOT / 'mlruns' / 'optuna.db'}"
-    if same_database(url, store.uri()):  # both keep their schema's version in one table of the same name
-        raise UserError(
-            "storage", expected="a database of its own", got="the one that MLflow keeps its runs in",
-            fix="createdb studies, and postgresql://…/studies as --storage or OCTOFOLD_STORAGE",
-        )  # fmt: skip
-    return url
-
-
-def same_database(one: str, other: str) -> bool:
-    """Tell whether two URLs name one database, by whatever driver and user."""
-    try:
-        first, second = make_url(one), make_url(other)
-    except ArgumentError:
-        return False
-    return (
-        all(getattr(first, part) == getattr(second, part) for part in ("host", "port", "database"))
-        and first.get_backend_name() == second.get_backend_name()
-    )
-
-
 def open_storage(url: str) -> RDBStorage:
     """Open or create Optuna's tables, with heartbeat and retry.
 
@@ -82,7 +58,8 @@ def open_storage(url: str) -> RDBStorage:
         url: SQLAlchemy's, ``sqlite:////folder/optuna.db`` or ``postgresql://user@host/name``.
 
     Raises:
-        UserError: the URL makes no sense, its driver is missing, or nothing answers. Never shows the password.
+        UserError: the URL makes no sense, its driver is missing, nothing answers, or MLflow keeps its runs there. Never
+            shows the password.
     """
     try:
         address = make_url(url)
@@ -94,6 +71,8 @@ def open_storage(url: str) -> RDBStorage:
         engine["connect_args"] = {"connect_timeout": 5}
     try:
         with quiet(), _one_at_a_time(Path(address.database) if kind == "sqlite" and address.database else None):
+            if place.has_runs(address, engine):  # by whatever name of its host or path
+                raise place.taken()
             return RDBStorage(
                 url,
                 engine_kwargs=engine,
@@ -138,6 +117,7 @@ def open_study(name: str, storage: RDBStorage, plan: Plan) -> Study:
     )
     now, before = plan.describe(), _renewed(study.user_attrs.get("plan"))
     if before is None:
+        study.set_user_attr("token", uuid.uuid4().hex)
         study.set_user_attr("plan", now)
     elif before != now:
         changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
@@ -148,11 +128,17 @@ def open_study(name: str, storage: RDBStorage, plan: Plan) -> Study:
             got=new,
             fix=f"give --study another name; `warm_start: [study:{name}]` takes over what it found",
         )
-    _recover(study)
+    recover(study)
     base = [trial for trial in study.get_trials(deepcopy=False) if trial.user_attrs.get("base")]
     if all(trial.state == TrialState.FAIL for trial in base):
         study.enqueue_trial(plan.space.values_of(plan.space.base), user_attrs={"base": True})
     return study
+
+
+def tags_of(study: Study) -> dict[str, str]:
+    """Return the tags that tell a study's runs from those of an earlier study of its name."""
+    token = study.user_attrs.get("token")  # studies begun before there were tokens have none
+    return {"study": study.study_name, **({"study.token": token} if token else {})}
 
 
 def _renewed(plan: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -174,13 +160,42 @@ def _narrow(source: dict[str, Any], key: str, before: dict[str, Any], now: dict[
     return ", ".join(f"{n}: {source[key].get(n)}" for n in names if before[key].get(n) != now[key].get(n))[:160]
 
 
-def _recover(study: Study) -> None:
-    """Give out again the trials whose process on this machine is gone; elsewhere the heartbeat finds them."""
+def recover(study: Study) -> None:
+    """Give out again the trials whose process on this machine is gone, or elsewhere has been silent for long."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if provenance.is_orphan(trial.user_attrs.get("owner", {})):
             with contextlib.suppress(ValueError):  # another worker was quicker
                 study.tell(trial.number, state=TrialState.FAIL)
                 give_out_again(study, trial.number, RETRIES)
+    with quiet():
+        optuna.storages.fail_stale_trials(study)
+
+
+def at_work(study: Study) -> list[int]:
+    """Return the numbers of the trials that other processes run; those that `recover` would give out are none."""
+    me, now = provenance.identity(), datetime.datetime.now()
+    return [
+        trial.number
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        # Killed before it wrote its name, a worker leaves a trial that looks just begun: for a while.
+        if (trial.user_attrs["owner"] != me if "owner" in trial.user_attrs else _age_s(trial, now) < GRACE_S)
+    ]
+
+
+def _age_s(trial: FrozenTrial, now: datetime.datetime) -> float:
+    return (now - trial.datetime_start).total_seconds() if trial.datetime_start else 0.0
+
+
+def time_of(study: Study) -> float:
+    """Return the seconds that the counted trials took, and those before an interruption that were told (`PAST`)."""
+    took = [trial.duration.total_seconds() if trial.duration else 0.0 for trial in counted(study)]
+    return sum(took) + sum(float(trial.user_attrs.get(PAST, 0.0)) for trial in counted(study))
+
+
+def twins_in_a_row(study: Study) -> int:
+    """Return how many of the last finished trials repeated the values of an earlier one."""
+    done = [trial for trial in counted(study) if trial.state == TrialState.COMPLETE]
+    return next((n for n, trial in enumerate(reversed(done)) if "same_as" not in trial.user_attrs), len(done))
 
 
 def give_out_again(study: Study, number: int, most: int | None = None) -> None:
@@ -254,20 +269,25 @@ def take_over(study: Study, plan: Plan, name: str, storage: RDBStorage) -> tuple
     """Warm a study with another of the same storage.
 
     A full trial whose recipe this plan would score on the same terms is imported with its scores, for nothing. If
-    there is none, the best `HINTS` trials are queued to be scored again, as far as the space can say them.
+    there is none, the best `HINTS` trials are queued to be scored again, as far as the space can say them. That is done
+    once: a study that was killed shall not be told more than one that was not.
 
     Returns:
         how many trials were imported, and how many queued.
 
     Raises:
-        UserError: no study of that name.
+        UserError: no study of that name, or not one of ours.
     """
+    if study.user_attrs.get(f"warm.{name}"):
+        return 0, 0
     try:
         other = optuna.load_study(study_name=name, storage=storage)
     except KeyError:
         names = optuna.get_all_study_names(storage)
         raise UserError(f"warm_start: study:{name}", expected=f"one of {preview(names, 10)}", got=name) from None
-    theirs, ours = _renewed(other.user_attrs["plan"]) or {}, plan.describe()
+    theirs, ours = _renewed(other.user_attrs.get("plan")), plan.describe()
+    if theirs is None:
+        raise UserError(f"warm_start: study:{name}", expected="a study that tune made", got="somebody else's")
     same_terms = all(theirs.get(key) == ours[key] for key in ours if key not in ("space", "base"))
     known = {str(record.values) for record in records(study)}
     imported, hints = 0, []
@@ -287,6 +307,7 @@ def take_over(study: Study, plan: Plan, name: str, storage: RDBStorage) -> tuple
             hints.append(values)
     for values in hints[:HINTS] if not imported else []:
         study.enqueue_trial(values, skip_if_exists=True)
+    study.set_user_attr(f"warm.{name}", True)
     return imported, 0 if imported else min(HINTS, len(hints))
 
 

@@ -25,15 +25,15 @@ from octofold.compute import Devices, device_setup
 from octofold.config import build, read_yaml
 from octofold.data import manifest
 from octofold.data.manifest import Manifest
-from octofold.errors import UserError
+from octofold.errors import UserError, preview
 from octofold.files import ROOT, existing, write_text
 from octofold.metrics import METRICS, fingerprint
-from octofold.nets import models
 from octofold.nets.tasks import make_task
 from octofold.recipe import Model, Recipe
 from octofold.track import tracking
-from octofold.train import checkpoint, training
-from octofold.tune import space, studies, trials, tuning
+from octofold.train import checkpoint, origin, training
+from octofold.tune import place, space, studies, trials, tuning
+from octofold.tune.speed import inference_ms
 from octofold.tune.trials import Attempt, Plan, Record, Verdict
 from octofold.workers import Job
 
@@ -61,14 +61,14 @@ def tune(config: Tune) -> dict[str, Any]:
     table = manifest.read(config.manifest)
     plan = plan_of(config, table)
     name = name_of(config, table)
-    storage = studies.open_storage(studies.address(config.storage))
-    tracking.client()  # unreachable? then say so before a trial is given out
+    tracking.client()  # unreachable? then say so before a trial is given out; and the storage can see whose tables are
+    storage = studies.open_storage(place.address(config.storage))
     study = studies.open_study(name, storage, plan)
     for known in config.warm_start:
         _warm(study, plan, storage, known)
-    tags = {"study": name, "manifest_hash": table.hash, "member": plan.space.base.member}
+    tags = studies.tags_of(study) | {"manifest_hash": table.hash, "member": plan.space.base.member}
     tags |= fingerprint(plan.space.base.metric)
-    before = tracking.find_runs(table.competition, {"study": name, "entry": "tune"})
+    before = tracking.find_runs(table.competition, studies.tags_of(study) | {"entry": "tune"})
     resume = before[-1].id if before else None
     with tracking.run("tune", config, table.competition, name, tags, resume_id=resume) as parent:
         parent.log_dataset(table.table, table.competition, "training", str(table.file))
@@ -96,7 +96,7 @@ def work(settings: dict[str, Any], parent_id: str, worker: int) -> str:
     config = Tune.model_validate(settings)
     table = manifest.read(config.manifest)
     plan = plan_of(config, table)
-    study = studies.open_study(name_of(config, table), studies.open_storage(studies.address(config.storage)), plan)
+    study = studies.open_study(name_of(config, table), studies.open_storage(place.address(config.storage)), plan)
     return _search(config, table, plan, study, parent_id, worker)
 
 
@@ -125,6 +125,9 @@ def plan_of(config: Tune, table: Manifest) -> Plan:
         UserError: a recipe, space, fold, view or metric that does not fit.
     """
     base = _recipe_of(config.recipe)
+    if base.overfit:
+        expected = "0, since nothing is searched on rows trained on"
+        raise UserError("recipe.overfit", expected=expected, got=str(base.overfit))
     task = make_task(table.task, table.classes, table.info.get("swap"))
     task.check_views(config.views)
     metric = training.metric_of(base, task)
@@ -153,6 +156,9 @@ def _warm(study: Any, plan: Plan, storage: Any, known: str | dict[str, Any]) -> 
         imported, queued = studies.take_over(study, plan, known.removeprefix("study:"), storage)
         log.info("%s: %d trials taken over, %d queued", known, imported, queued)
     elif isinstance(known, dict):
+        fields = [knob.field for knob in plan.space.knobs]
+        if unknown := [name for name in known if name not in fields]:
+            raise UserError("warm_start", expected=f"searched fields: {', '.join(fields)}", got=preview(unknown))
         studies.try_early(study, plan, plan.space.recipe(known))
     else:
         studies.try_early(study, plan, _recipe_of(known))
@@ -203,8 +209,7 @@ class Sweep:
         run.log_text(trials.recipe_text(recipe, recipe.member, []), "recipe.yaml")
 
     def _tags(self, attempt: Attempt) -> dict[str, str]:
-        return {
-            "study": self.name,
+        return studies.tags_of(self.study) | {
             "trial": attempt.notes.get("key", ""),
             "purpose": attempt.purpose,
             "is_base": str(attempt.is_base).lower(),
@@ -232,14 +237,17 @@ class Sweep:
             score = self._train(attempt, fold, seed, run, seen)
             values = {"score": score}
             if "inference_ms" in self.plan.objectives:
-                values["inference_ms"] = self._inference_ms(attempt.recipe.model)
+                values["inference_ms"] = self._speed(attempt.recipe.model)
             run.log_metrics(values)
         return [values[name] for name in self.plan.objectives]
 
     def _train(self, attempt: Attempt, fold: int, seed: int, run: tracking.Run, seen: set[int]) -> float:
         views, metric = self.config.views, self.plan.context["metric"]
-        recipe = attempt.recipe.model_copy(update={"tta": views})
-        folder = self._folder(attempt, recipe, fold, seed)
+        changes = {"tta": views} | ({"select": "last"} if views == "none" else {})  # a maximum over epochs flatters
+        recipe = attempt.recipe.model_copy(update=changes)
+        start = origin.find(recipe, fold, seed)
+        origin.check(recipe, self.table, fold, start)
+        folder = self._folder(attempt, recipe, fold, seed, start)
         last = sum(phase.epochs for phase in recipe.phases) - 1
         # Averaged weights are made, and a broken-off training's earlier epochs are known, only at the very end.
         is_short = views == "none" and recipe.average.kind != "swa" and not folder.exists()
@@ -256,12 +264,10 @@ class Sweep:
                 raise _Enough
 
         try:
-            result = training.train_slot(recipe, self.table, fold, seed, folder, report, self.devices)
+            result = training.train_slot(recipe, self.table, fold, seed, folder, report, self.devices, start)
             score = result.metrics[f"oof.{views}/{metric}"]
         except _Enough:
-            values = [metrics[f"valid/{metric}"] for metrics in history]
-            best = max(values) if self.plan.higher_is_better[0] else min(values)
-            score = values[-1] if recipe.select == "last" else best
+            score = history[-1][f"valid/{metric}"]
         except KeyboardInterrupt:
             raise
         except Exception:
@@ -270,30 +276,20 @@ class Sweep:
         shutil.rmtree(folder)
         return score
 
-    def _folder(self, attempt: Attempt, recipe: Recipe, fold: int, seed: int) -> Path:
+    def _folder(self, attempt: Attempt, recipe: Recipe, fold: int, seed: int, start: Path | None) -> Path:
         """Where a slot keeps its checkpoint; a broken-off training of other code or settings is thrown away."""
         work = ROOT / "mlruns" / "work" / self.table.competition / f"tune.{_safe(self.name)}"
         folder = work / f"{attempt.purpose}{attempt.notes['key']}.f{fold}.s{seed}"
         try:
             if folder.exists():
-                checkpoint.claim(folder, checkpoint.identity(recipe, self.table.hash, fold, seed))
+                checkpoint.claim(folder, checkpoint.identity(recipe, self.table.hash, fold, seed, start))
         except UserError:
             shutil.rmtree(folder)
         return folder
 
-    def _inference_ms(self, model: Model) -> float:
-        """Milliseconds per image and view, forward pass only: the median of nine batches of eight."""
+    def _speed(self, model: Model) -> float:
         if model not in self.speeds:
-            outputs = make_task(self.table.task, self.table.classes).outputs
-            net = models.build(model, outputs, load_weights=False).to(self.devices.device).eval()
-            images = torch.zeros(8, 3, model.input_size, model.input_size, device=self.devices.device)
-            taken = []
-            with torch.inference_mode():
-                for _ in range(12):
-                    begun = time.perf_counter()
-                    float(net(images).sum())  # reading the number waits for the device
-                    taken.append(time.perf_counter() - begun)
-            self.speeds[model] = float(np.median(taken[3:])) / 8 * 1000
+            self.speeds[model] = inference_ms(model, self.table, self.devices)
         return self.speeds[model]
 
     # ---- the end ----------------------------------------------------------------------------------------------------

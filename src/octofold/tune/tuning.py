@@ -5,8 +5,10 @@ win. A new sampler is made for each trial, seeded by how many came before, so th
 with the proposals it would have made anyway.
 """
 
+import datetime
 import logging
 import os
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -30,6 +32,12 @@ log = logging.getLogger("octofold")
 
 HOPELESS = 5
 """Failures in a row, none finished before, after which the study stops."""
+
+TWINS = 50
+"""Proposals in a row that were tried before, after which a study without a number of trials stops."""
+
+WAIT_S = 5.0
+"""Between two looks at trials that others run when the budget is spent, seconds."""
 
 Objective = Callable[[Attempt, int, int], Sequence[float]]
 """``objective(attempt, fold, seed)`` -> one number per `Plan.objectives`, measured on the fold held out."""
@@ -66,7 +74,7 @@ class Budget:
     def spent(self, study: Study, per_trial: int) -> str:
         """Return which limit is reached, or an empty text while there is room for another trial."""
         started = studies.counted(study)
-        hours = sum(trial.duration.total_seconds() for trial in started if trial.duration) / 3600
+        hours = studies.time_of(study) / 3600
         slots = sum(len(trial.user_attrs.get("scores", {})) for trial in studies.trained(study))
         if self.trials is not None and len(started) >= self.trials:
             return f"{len(started)} trials"
@@ -74,6 +82,8 @@ class Budget:
             return f"{hours:.2f} hours of trials"
         if self.slots is not None and slots + per_trial > self.slots:
             return f"{slots} slots, and a trial takes {per_trial}"
+        if self.trials is None and studies.twins_in_a_row(study) >= TWINS:
+            return f"the last {TWINS} proposals were tried before: the space holds nothing new"
         return ""
 
 
@@ -129,6 +139,7 @@ def search(
             failures.append(attempt)
             raise
         except BaseException:  # Ctrl-C, or the surroundings broke: not the recipe's fault, so it is kept
+            _tell_time(trial)
             studies.give_out_again(study, trial.number)
             raise
         failures.clear()
@@ -136,7 +147,7 @@ def search(
         log.info("trial %d: %s (%s, %d slots)", attempt.number, scored, attempt.outcome, len(attempt.scores))
         return attempt.means
 
-    while not (limit := budget.spent(study, len(plan.slots))):
+    while not (limit := _over(study, plan, budget)):
         with studies.quiet():
             study.pruner = make_pruner(prune_p) if len(plan.objectives) == 1 else optuna.pruners.NopPruner()
             study.sampler = make_sampler(_seed(study, seed, worker))
@@ -152,6 +163,27 @@ def search(
     return limit
 
 
+def _over(study: Study, plan: Plan, budget: Budget) -> str:
+    """Return which limit is reached once nobody is at a trial any more; until then another's may come back to us."""
+    told: list[int] = []
+    while limit := budget.spent(study, len(plan.slots)):
+        studies.recover(study)
+        others = studies.at_work(study)
+        if not others and budget.spent(study, len(plan.slots)):
+            return limit
+        if others and others != told:
+            log.info("budget spent; waiting for trials that others run: %s", ", ".join(map(str, others)))
+        told = others
+        time.sleep(WAIT_S if others else 0)
+    return ""
+
+
+def _tell_time(trial: Trial) -> None:
+    if trial.datetime_start is not None:
+        taken = datetime.datetime.now() - trial.datetime_start
+        trial.set_user_attr(studies.SO_FAR, taken.total_seconds())
+
+
 def _seed(study: Study, seed: int, worker: int) -> int:
     started = studies.counted(study)
     alone = all(trial.state != TrialState.RUNNING for trial in started)
@@ -162,7 +194,10 @@ def _leave_if_surplus(study: Study, trial: Trial, budget: Budget) -> None:
     """Of several workers that saw room for one more trial at once, only the first may run it."""
     rank = sum(other.number <= trial.number for other in studies.counted(study))
     if budget.trials is not None and rank > budget.trials:
-        trial.set_user_attr("surplus", True)
+        if {"fixed_params", "retry_history"} & study.get_trials(deepcopy=False)[trial.number].system_attrs.keys():
+            studies.give_out_again(study, trial.number)  # somebody asked for it: it waits for a larger budget
+        else:
+            trial.set_user_attr("surplus", True)
         raise _Surplus
 
 
@@ -179,6 +214,7 @@ def _attempt_of(plan: Plan, trial: Trial) -> Attempt:
 
     trial.set_user_attr("owner", provenance.identity())
     kept = trial.user_attrs
+    trial.set_user_attr(studies.PAST, kept.get(studies.PAST, 0.0) + kept.get(studies.SO_FAR, 0.0))
     return Attempt(
         number=trial.number,
         purpose="trial",
@@ -217,9 +253,11 @@ def _run_slots(plan: Plan, trial: Trial, attempt: Attempt, objective: Objective)
         if key not in attempt.scores:
             attempt.scores[key] = _finite(objective(attempt, fold, seed))
             trial.set_user_attr("scores", attempt.scores)
+            _tell_time(trial)
         if len(plan.objectives) == 1:
             trial.report(attempt.scores[key][0], step)
-            if step + 1 < len(plan.slots) and trial.should_prune():
+            # The base recipe is the yardstick: without all its slots nothing could be said of the winner.
+            if step + 1 < len(plan.slots) and not attempt.is_base and trial.should_prune():
                 return "pruned"
     return "full"
 

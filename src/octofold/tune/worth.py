@@ -99,7 +99,7 @@ def trusted_rows(old: Manifest, new: Manifest, journal: Journal) -> dict[str, np
     Returns:
         ``{"untouched": mask, "reviewed": mask}`` over the rows of `new`, all of them in both manifests with one fold.
         untouched: one label (or the same points) in both. reviewed: a person kept or relabelled them, and the label
-        here is that decision's.
+        here is that decision's (points: kept, and the same in both).
 
     Raises:
         UserError: other tasks, classes or competitions.
@@ -121,7 +121,10 @@ def trusted_rows(old: Manifest, new: Manifest, journal: Journal) -> dict[str, np
     decisions = journal.decisions()
     verdicts = {one: entry.target or entry.label for one, entry in decisions.items() if entry.action != "drop"}
     names = new.sample_ids.tolist()
-    reviewed = both & np.array([verdicts.get(name) == truth for name, truth in zip(names, ours, strict=True)], bool)
+    if new.task == "classify":
+        reviewed = both & np.array([verdicts.get(name) == truth for name, truth in zip(names, ours, strict=True)], bool)
+    else:  # a decision on points says that they are right, not which they are
+        reviewed = agreed & np.array([name in verdicts for name in names], bool)
     return {"untouched": agreed, "reviewed": reviewed}
 
 
