@@ -138,6 +138,7 @@ def test_one_of_two_train_commands_is_killed(
     team = Team(tmp_path, remote.url)
     killed = team.start("one", "--seeds", "0,1")
     read_until(killed, "m f0 s0 epoch 1:")
+    killed.send_signal(signal.SIGSTOP)  # or it might be done with its slots before the other has begun
     other = team.start("two", "--seeds", "0,1")
     read_until(other, "epoch 0:")  # each is about a slot of its own
     killed.kill()
