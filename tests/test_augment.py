@@ -42,6 +42,23 @@ def make_geometry(name: str, swap: list[int] | None) -> A.Compose:
     return A.Compose(kept, keypoint_params=A.KeypointParams(format="xy", remove_invisible=False))
 
 
+@pytest.mark.parametrize("name", augment.PRESETS)
+def test_the_short_way_gives_albumentations_own_pixels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run` spares what `Compose` and `Affine` do around the work, and nothing of the work."""
+    photo = np.random.default_rng(0).integers(0, 256, (110, 150, 3), dtype=np.uint8)
+    ours, theirs = augment.make(name, SIZE), augment.make(name, SIZE)
+    monkeypatch.delattr(augment._Affine, "apply")
+    wanted = []
+    for seed in range(40):
+        augment.reseed(theirs, seed)
+        wanted.append([theirs(image=photo)["image"] for _ in range(2)])
+    monkeypatch.undo()
+    for seed, images in enumerate(wanted):
+        augment.reseed(ours, seed)
+        for image in images:
+            np.testing.assert_array_equal(augment.run(ours, photo)[0], image)
+
+
 @pytest.mark.parametrize("swap", [None, [1, 0]], ids=["no swap", "swap"])
 @pytest.mark.parametrize("name", augment.PRESETS)
 def test_points_move_with_the_pixels(name: str, swap: list[int] | None) -> None:
