@@ -35,7 +35,15 @@ class _Affine(A.Affine):  # type: ignore[misc]
 
 
 class _RandomResizedCrop(A.RandomResizedCrop):  # type: ignore[misc]
-    """Crop and resize with points that stay on their pixels' centres."""
+    """Crop and resize, in one call, with points that stay on their pixels' centres."""
+
+    def apply(self, img: Array, crop_coords: tuple[int, int, int, int], **params: Any) -> Array:
+        left, top, right, bottom = crop_coords
+        part, (height, width) = img[top:bottom, left:right], self.size
+        if part.shape[:2] == (height, width):
+            return part
+        how = self._get_interpolation_for_resize(part.shape[:2], "image")
+        return np.asarray(cv2.resize(part, (width, height), interpolation=how))
 
     def apply_to_keypoints(self, keypoints: Array, crop_coords: tuple[int, int, int, int], **params: Any) -> Array:
         moved = keypoints.copy()
