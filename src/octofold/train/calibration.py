@@ -1,8 +1,9 @@
 """Calibration: the fastest way to train this network on this machine is measured, not guessed.
 
-No setting is best everywhere: on a CPU with bf16 instructions dense convolutions gain 2.2x from bf16 with channels
-last, depthwise ones more from float32 with channels last, compiled. A few interleaved steps tell; the times are kept
-in ``mlruns/calibration.json`` by network, size, batch and machine, so that all slots of a member are trained alike.
+No setting is best everywhere: with bf16 instructions a CPU trains resnet18 2.2x as fast in bf16 with channels last,
+EfficientNet-Lite0 1.15x; without them bf16 is the slower one; compiling pays for long trainings of some networks.
+A few interleaved steps tell; the times are kept in ``mlruns/calibration.json`` by network, size, batch and machine, so
+that all slots of a member are trained alike.
 """
 
 import copy
