@@ -253,6 +253,8 @@ def test_find_images_is_sorted_and_skips_the_hidden(tmp_path: Path) -> None:
         "notes.txt",
         "a/c.HEIC",
         "d.jfif",
+        "README",
+        "desktop.ini",
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")

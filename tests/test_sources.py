@@ -54,7 +54,7 @@ def test_names_written_otherwise_are_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name", ["../secret.png", "d/../../secret.png", "/etc/passwd", "C:\\x.png", "..\\secret.png", "link.png",
-             "linked/secret.png", "a\0b.png", "../" * 50 + "etc/passwd"],
+             "linked/secret.png", "linked/secret", "linked/none.png", "a\0b.png", "../" * 50 + "etc/passwd"],
 )  # fmt: skip
 def test_names_that_leave_the_folder_are_refused(tmp_path: Path, name: str) -> None:
     folder = fill(tmp_path / "photos", ["ok.png", "d/ok.png"])
@@ -182,6 +182,12 @@ def test_leading_zeros_come_back_in_the_submission(tmp_path: Path) -> None:
         path = csv(tmp_path / "s.csv", sample)
         _, info = sources.from_test(tmp_path / "p", path, "image", "label", one, "classify")
         assert (info["spelling"], info["style"]) == (spelled, style)
+    two = labelled("01", "02", "10")
+    path = csv(tmp_path / "s.csv", "image,label\n0.png,10\n")  # shows no class that needs a zero: as train
+    assert sources.from_test(tmp_path / "p", path, "image", "label", two, "classify")[1]["spelling"] == {
+        "1": "01",
+        "2": "02",
+    }
     plain = read(tmp_path, "12")
     _, info = sources.from_test(
         tmp_path / "p", csv(tmp_path / "s.csv", "image,label\n0.png,01\n"), "image", "label", plain, "classify"

@@ -8,7 +8,7 @@ from octofold.errors import UserError, preview
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 COMPANIONS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".md", ".html", ".pdf", ".py",
-              ".ipynb", ".zip", ".tar", ".gz", ".tgz", ".parquet", ".arrow", ".db")  # fmt: skip
+              ".ipynb", ".zip", ".tar", ".gz", ".tgz", ".parquet", ".arrow", ".db", ".ini")  # fmt: skip
 """Files that lie beside images and that nobody takes for one."""
 
 
@@ -28,7 +28,7 @@ def left_out(folder: Path) -> list[tuple[str, str]]:
         named = [name for name in files if name.lower().endswith(SUFFIXES)]
         bad = [name for name in named if not _is_text(os.path.join(place, name), folder)]
         found += [(Path(place, name), "a name that is not UTF-8: rename it") for name in bad]
-        other = [name for name in files if not name.lower().endswith(SUFFIXES + COMPANIONS)]
+        other = [name for name in files if Path(name).suffix and not name.lower().endswith(SUFFIXES + COMPANIONS)]
         found += [(Path(place, name), f"'{Path(name).suffix}' is no suffix of images that we read") for name in other]
     return sorted((_told(path.relative_to(folder).as_posix()), why) for path, why in found)
 

@@ -106,6 +106,8 @@ def _inside(name: str, root: Path) -> str | None:
     ):
         return None
     if len(text) < 4000 and (folder := Path(os.path.realpath((root / text).parent))) != (root / text).parent:
+        if not folder.is_relative_to(root):
+            return None
         text = (folder / PurePosixPath(text).name).relative_to(root).as_posix()  # by a link to a folder inside
     return _plain(text)
 

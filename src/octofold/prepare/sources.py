@@ -195,11 +195,12 @@ def _padded(labels: Iterable[str]) -> dict[str, str]:
 
 
 def _spelling(shown: Iterable[str], names: Sequence[str], train: Mapping[str, str]) -> dict[str, str]:
-    """How a submission writes each class: as the sample does, where it shows classes at all, else as train does."""
+    """How a submission writes each class: as train does, but as the sample does where it shows otherwise."""
     texts = pd.Series(list(shown), dtype=str).str.strip().drop_duplicates()
     seen = texts[as_labels(texts, "int").isin(names)]
     padded = _padded(seen)
-    return dict(train) | padded if padded or seen.empty else {}
+    is_bare = any(train.get(name, text) != text for name, text in zip(as_labels(seen, "int"), seen, strict=True))
+    return {} if is_bare and not padded else dict(train) | padded
 
 
 def as_labels(values: "pd.Series[str]", kind: str) -> "pd.Series[str]":
