@@ -79,6 +79,7 @@ def test_dropout_of_attention_is_kept() -> None:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+@pytest.mark.slow
 def test_freed_memory_is_used_again() -> None:
     """A tensor of 64 MB is 16,384 pages; asked for anew each time they are faulted in, kept they are not."""
     code = (

@@ -117,6 +117,7 @@ def train(table: Manifest, **changes: Any) -> dict[str, Any]:
     return members.train(Train.model_validate(settings | changes))
 
 
+@pytest.mark.slow
 def test_what_is_promoted_is_what_is_reported(table: Manifest) -> None:
     first = train(table, batch_size=6)
     train(table, batch_size=9)
@@ -138,6 +139,7 @@ def test_the_member_shows_the_score_of_the_last_call_and_of_which_slots(table: M
         assert run.metric_steps("oof/accuracy") == {0, 1, 2}
 
 
+@pytest.mark.slow
 def test_views_that_were_not_predicted_are_asked_for_in_words(table: Manifest) -> None:
     train(table, folds=[0], tta="flip")
     assert "oof.none/accuracy" in train(table, tta="none"), "fold 1 knows nothing of flip"
@@ -146,6 +148,7 @@ def test_views_that_were_not_predicted_are_asked_for_in_words(table: Manifest) -
     assert "oof.geo8/accuracy" in train(table, tta="geo8", restart=True)
 
 
+@pytest.mark.slow
 def test_weights_that_saw_the_held_out_rows_are_no_start(table: Manifest, caplog: pytest.LogCaptureFixture) -> None:
     train(table)
     network = {"name": "small_cnn", "input_size": 16}

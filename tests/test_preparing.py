@@ -214,6 +214,7 @@ def test_keypoints(tmp_path: Path) -> None:
     assert again.target[1].tolist() == [[3, 4], [5, 6]]
 
 
+@pytest.mark.slow
 def test_command_on_digits(house: House) -> None:
     result = house.run("prepare", "--competition", "digits", "--builtin", "digits").result
     train, test = manifests.read(result["manifest"]), manifests.read(result["test"])

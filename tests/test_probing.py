@@ -103,6 +103,7 @@ def test_groups_seeds_and_looks_widen_the_interval() -> None:
 
 
 @pytest.mark.parametrize("seeds", [2, 3])
+@pytest.mark.slow
 def test_the_luck_of_few_seeds_is_seldom_called_a_difference(seeds: int) -> None:
     """120 comparisons of equal ideas whose trainings vary (sd 0.03); 1.96 instead of t calls a tenth different."""
     table = make_manifest(400)

@@ -84,16 +84,19 @@ def test_each_process_has_its_own_environment() -> None:
     assert "PLACE" not in os.environ
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_replaced_and_its_job_begun_again(tmp_path: Path) -> None:
     results, _ = run(die_once, [Job(str(number), (str(tmp_path), number)) for number in range(3)])
     assert results == {"0": 0, "1": 1, "2": 2}
 
 
+@pytest.mark.slow
 def test_a_job_that_always_kills_its_process_is_named() -> None:
     with pytest.raises(UserError, match=r"job bad(.|\n)*died 2 times \(signal SIGKILL\)"):
         run(die, [Job("bad")])
 
 
+@pytest.mark.slow
 def test_a_users_mistake_stays_one_and_a_defect_keeps_its_traceback() -> None:
     with pytest.raises(UserError, match="no such thing"):
         run(fail, [Job("1", ("no such thing",))])
@@ -101,6 +104,7 @@ def test_a_users_mistake_stays_one_and_a_defect_keeps_its_traceback() -> None:
         run(fail, [Job("1", ("",))])
 
 
+@pytest.mark.slow
 def test_when_one_fails_the_others_are_stopped_in_order(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="stop"):
         workers.run(
@@ -117,6 +121,7 @@ def test_when_one_fails_the_others_are_stopped_in_order(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint").exists()
 
 
+@pytest.mark.slow
 def test_a_job_that_is_asked_to_stop_stops_all_and_is_not_begun_again(tmp_path: Path) -> None:
     jobs = [
         Job("long", ("test_workers", "wait_for_the_end", (str(tmp_path),))),
@@ -144,6 +149,7 @@ def test_workers_share_the_gpus_the_user_lets_us_see(
     assert "CUDA_VISIBLE_DEVICES" not in compute._environment(2, 0, 0)
 
 
+@pytest.mark.slow
 def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
     code = (
         "from octofold import workers; import test_workers as t\n"
