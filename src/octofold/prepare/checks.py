@@ -68,8 +68,9 @@ def _look(path: Path) -> tuple[dict[str, object], int, npt.NDArray[np.uint8]]:
         facts["sha256"] = hashlib.sha256(data).hexdigest()
         facts["sample_id"] = str(facts["sha256"])[:ID_LENGTH]
         image = open_bytes(data, path)
-        # oddities counts the frames of a copy: where one is cut off, Pillow would be left standing in it
-        facts["mode"], facts["odd"] = image.mode, ", ".join(oddities(open_bytes(data, path)))
+        # Frames are counted in a copy: where one is cut off, Pillow would be left standing in it.
+        counted = open_bytes(data, path) if hasattr(type(image), "n_frames") else image
+        facts["mode"], facts["odd"] = image.mode, ", ".join(oddities(counted))
         width, height = upright_size(image, path)
         image.draft(None, (2 * SIDE, 2 * SIDE))
         pixels = to_rgb(upright(image, path), path)

@@ -125,10 +125,12 @@ def members(competition: str, manifest: Manifest, views: str) -> list[Member]:
         standing |= dict.fromkeys(placed, stage)
         slots |= placed
     parents = {run.id: run for run in tracking.find_runs(competition, {"entry": "train"})}
+    children = tracking.find_runs(competition, {"entry": "train.slot"}) if parents else []
+    above = {child.id: child.tags.get("mlflow.parentRunId", "") for child in children}
     found = []
     for name, own in slots.items():
         oof, missing = _oof(own, manifest, views, standing.get(name, ""))
-        run = _training(competition, name, own, parents)
+        run = _training(own, above, parents)
         found.append(
             Member(
                 name,
@@ -145,13 +147,11 @@ def members(competition: str, manifest: Manifest, views: str) -> list[Member]:
 
 
 def _training(
-    competition: str, member: str, slots: Sequence[Slot], parents: dict[str, tracking.RunInfo]
+    slots: Sequence[Slot], above: dict[str, str], parents: dict[str, tracking.RunInfo]
 ) -> tracking.RunInfo | None:
     """The newest run of train that made one of these very slots; None where they were imported."""
-    made = {slot.run_id for slot in slots}
-    children = tracking.find_runs(competition, {"entry": "train.slot", "member": member}) if parents else []
-    above = {child.tags.get("mlflow.parentRunId", "") for child in children if child.id in made}
-    return max((parents[one] for one in above if one in parents), key=lambda run: run.start_time, default=None)
+    made = {above.get(slot.run_id, "") for slot in slots}
+    return max((parents[one] for one in made if one in parents), key=lambda run: run.start_time, default=None)
 
 
 def common_views(competition: str, preferred: str) -> str:

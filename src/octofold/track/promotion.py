@@ -7,8 +7,9 @@ promotion that was cut can be finished by the same command, or undone by ``--rol
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache, partial
 from typing import Any
 
 from octofold.errors import UserError, preview, redact
@@ -95,13 +96,14 @@ def promote(
             got=f"none in {redact(uri())}; members there: {preview(registry.newest(competition)) or 'none'}",
             fix="train it first, or set MLFLOW_TRACKING_URI to the store it was trained in",
         )
-    given = latest if filled is None else _exactly(competition, latest, filled, stage)
+    known = cache(partial(_versions, competition, latest))
+    given = latest if filled is None else _exactly(latest, filled, stage, known)
     chosen = [
         (slot, place)
         for slot, place in given
         if (folds is None or slot.fold in folds) and (seeds is None or slot.seed in seeds)
     ]
-    others = _standing(competition, latest, {slot.name for slot, _ in chosen}, stage)
+    others = _standing(latest, {slot.name for slot, _ in chosen}, stage, known)
     for name in sorted({slot.member for slot, _ in latest}):
         if not (mine := [slot for slot, _ in chosen if slot.member == name]):
             raise UserError(f"member '{name}'", expected="slots among those folds and seeds", got="none")
@@ -130,14 +132,14 @@ def newest(competition: str, member: str, manifest_hash: str | None = None) -> l
 
 
 def _exactly(
-    competition: str, latest: Sequence[tuple[Slot, Place]], filled: Sequence[str], stage: str
+    latest: Sequence[tuple[Slot, Place]], filled: Sequence[str], stage: str, known: Callable[[], dict[str, Slot]]
 ) -> list[tuple[Slot, Place]]:
     """Return the versions named, with their places.
 
     Raises:
         UserError: no such version.
     """
-    slots = _versions(competition, latest)
+    slots = known()
     if absent := [version for version in filled if version not in slots]:
         raise UserError(
             f"promotion to {stage}", expected="registered versions", got=f"nothing registered as {preview(absent)}"
@@ -146,14 +148,16 @@ def _exactly(
     return [(slots[version], places[slots[version].name]) for version in filled]
 
 
-def _standing(competition: str, latest: Sequence[tuple[Slot, Place]], chosen: set[str], stage: str) -> list[Slot]:
+def _standing(
+    latest: Sequence[tuple[Slot, Place]], chosen: set[str], stage: str, known: Callable[[], dict[str, Slot]]
+) -> list[Slot]:
     """Return what stands in `stage` in the slots that do not move.
 
     It will be bagged with those that do: the gate looks at both.
     """
     rest = {slot.name: place.aliases.get(stage) for slot, place in latest if slot.name not in chosen}
     names = [f"{name}/{version}" for name, version in sorted(rest.items()) if version is not None]
-    slots = _versions(competition, latest) if names else {}
+    slots = known() if names else {}
     return [slots[name] for name in names if name in slots]
 
 

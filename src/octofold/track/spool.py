@@ -30,7 +30,8 @@ class Spool:
         """Put a note at the end; it is on the disk when this returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._locked("a+b") as file:
-            torn = file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            torn = file.read(1) not in (b"", b"\n")
             file.write((b"\n" if torn else b"") + json.dumps(note).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
