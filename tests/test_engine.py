@@ -1,6 +1,7 @@
 """Engines: each equals eager float32, the choice is remembered, a wrong one is refused."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,6 +63,19 @@ def test_openvino_takes_batches_laid_out_in_any_way(net: nn.Module, images: Tens
     np.testing.assert_allclose(softmax(forward(images.contiguous())), plain, atol=engine.EXACT)
     turned = images.transpose(-2, -1)
     np.testing.assert_allclose(softmax(forward(turned)), engine.reference(net, turned, softmax), atol=engine.EXACT)
+
+
+@needs_openvino
+def test_openvino_answers_several_threads_each_its_own(net: nn.Module) -> None:
+    forward = engine.OpenVino(net)
+    pixels = np.random.default_rng(1).integers(0, 255, (40, 24, 24, 3), np.uint8)
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    plain = engine.reference(net, images, softmax)
+    assert float((plain[1:] - plain[:-1]).abs().max()) > 100 * engine.EXACT  # rows put in another's place would show
+    parts = [slice(start, start + 1 + start % 7) for start in range(33)]
+    with ThreadPoolExecutor(3) as pool:
+        for part, logits in zip(parts, pool.map(lambda part: forward(images[part]), parts), strict=True):
+            np.testing.assert_allclose(softmax(logits), plain[part], atol=engine.EXACT)
 
 
 @pytest.mark.parametrize("name", ["eager", pytest.param("openvino", marks=needs_openvino)])

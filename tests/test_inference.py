@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,41 @@ def counting(crew: ensemble.Ensemble) -> list[int]:
         voice.forward = forward
     crew.equipped = ("eager", "fp32")
     return seen
+
+
+@pytest.mark.skipif(find_spec("openvino") is None, reason="needs the openvino extra")
+def test_batches_that_overlap_say_what_batches_in_turn_say(
+    crew: ensemble.Ensemble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # a stream each
+    photos(tmp_path / "in", 23)
+    (tmp_path / "in" / "photo 11.jpg").write_bytes(b"broken")
+    items = looks.find(tmp_path / "in").items
+    plain, dealt = (list(inference.stream(crew, items, How("geo8", 3, engine=name))) for name in ("eager", "openvino"))
+    assert all(voice.forward.streams > 1 for voice in crew.voices)
+    assert [one.items for one in dealt] == [one.items for one in plain]
+    assert [one.skipped for one in dealt] == [one.skipped for one in plain]
+    assert [one.reason for batch in dealt for one in batch.skipped] == ["cannot identify an image format"]
+    for ours, other in zip(dealt, plain, strict=True):
+        np.testing.assert_allclose(ours.values, other.values, atol=1e-5)
+
+
+def test_what_fails_in_an_overlapping_batch_is_raised(crew: ensemble.Ensemble, tmp_path: Path) -> None:
+    class Fails:
+        streams, calls = 2, 0
+
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            if self.calls == 3:
+                raise RuntimeError("out of memory")
+            return torch.zeros(len(images), 3)
+
+    photos(tmp_path / "in", 20)
+    for voice in crew.voices:
+        voice.forward = Fails()
+    crew.equipped = ("auto", "fp32")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(inference.stream(crew, looks.find(tmp_path / "in").items, How("geo8", 2)))
 
 
 def test_early_exit_keeps_labels_and_saves_views(crew: ensemble.Ensemble, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from octofold.errors import UserError
 
@@ -63,7 +63,11 @@ _UNREADABLE = (*BROKEN, zlib.error, Image.DecompressionBombError)
 def _unreadable(path: Path | str, error: BaseException) -> UserError:
     if isinstance(error, UserError):
         return error
-    reason = "no such file" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
+    reason = str(error) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):  # Pillow says where in memory it looked
+        reason = "cannot identify an image format"
+    if isinstance(error, FileNotFoundError):
+        reason = "no such file"
     return UserError(path, expected="a readable image", got=reason, fix="replace the file or remove its row")
 
 

@@ -5,10 +5,10 @@ memory does not grow with the number of images.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
+T = TypeVar("T")
 
 
 def nested(views: str) -> dict[str, int]:
@@ -196,15 +197,43 @@ def stream(ensemble: Ensemble, items: Sequence[Item], how: How, total: int = 0) 
         )
     for voice in ensemble.voices:
         voice.task.check_views(how.views)
+
+    def speak(seen: list[Look]) -> Floats:
+        return predict_looks(ensemble, seen, how.views, how.early_exit) if seen else np.zeros((0,), np.float32)
+
+    for seen, skipped, values in _spoken(ensemble, items, how, max(total, len(items)), speak):
+        yield Batch([one.item for one in seen], values, skipped)
+
+
+def _spoken(
+    ensemble: Ensemble, items: Sequence[Item], how: How, total: int, speak: Callable[[list[Look]], T]
+) -> Iterator[tuple[list[Look], list[Skipped], T]]:
+    """Decode, a few images ahead, and let `speak` answer batch by batch, in order.
+
+    Engines that deal out to streams get the next batch before the last one has ended: what is done between two of them
+    (turning the squares, averaging the views) then costs nothing.
+    """
     specs = ensemble.specs
     looks = ahead(lambda item: look(item, specs), items, depth=2 * how.batch_size, workers=_decoders(ensemble))
-    while some := list(islice(looks, how.batch_size)):
-        seen = [one for one in some if isinstance(one, Look)]
-        skipped = [one for one in some if isinstance(one, Skipped)]
-        if seen:
-            equip(ensemble, seen, how, max(total, len(items)))
-        values = predict_looks(ensemble, seen, how.views, how.early_exit) if seen else np.zeros((0,), np.float32)
-        yield Batch([one.item for one in seen], values, skipped)
+
+    def batches() -> Iterator[tuple[list[Look], list[Skipped]]]:
+        while some := list(islice(looks, how.batch_size)):
+            seen = [one for one in some if isinstance(one, Look)]
+            if seen:
+                equip(ensemble, seen, how, total)
+            yield seen, [one for one in some if isinstance(one, Skipped)]
+
+    def answer(batch: tuple[list[Look], list[Skipped]]) -> tuple[list[Look], list[Skipped], T]:
+        return *batch, speak(batch[0])
+
+    waiting = batches()
+    if (first := next(waiting, None)) is None:
+        return
+    waiting = chain([first], waiting)
+    if all(getattr(voice.forward, "streams", 0) > 1 for voice in ensemble.voices):
+        yield from ahead(answer, waiting, depth=1, workers=2)
+    else:
+        yield from map(answer, waiting)
 
 
 def equip(ensemble: Ensemble, looks: Sequence[Look], how: How, total: int) -> None:
@@ -297,19 +326,19 @@ def predict_manifest(
         voice.task.check_views(views)
     items, how = items_of(manifest), How(views, batch_size, engine)
     parts: list[dict[str, list[Floats]]] = [{name: [] for name in nested(views)} for _ in ensemble.voices]
-    looks = ahead(lambda item: look(item, ensemble.specs), items, depth=2 * batch_size, workers=_decoders(ensemble))
+
+    def speak(seen: list[Look]) -> list[dict[str, Floats]]:
+        return say(ensemble, seen, views) if seen else []
+
     with tqdm(total=len(items), unit="img", disable=not progress, mininterval=1) as bar:
-        while some := list(islice(looks, batch_size)):
-            if lost := [one for one in some if isinstance(one, Skipped)]:
+        for seen, lost, said in _spoken(ensemble, items, how, len(items), speak):
+            if lost:
                 where = f"{manifest.images}/{lost[0].name}"
                 raise UserError(where, expected="a readable image", got=lost[0].reason, fix="run prepare again")
-            seen = [one for one in some if isinstance(one, Look)]
-            equip(ensemble, seen, how, len(items))
-            said = say(ensemble, seen, views)
             for kept, values in zip(parts, said, strict=True):
                 for name in kept:
                     kept[name].append(values[name])
-            bar.update(len(some))
+            bar.update(len(seen))
     return [
         {name: _signed(voice, manifest, np.concatenate(rows), name) for name, rows in kept.items()}
         for voice, kept in zip(ensemble.voices, parts, strict=True)
