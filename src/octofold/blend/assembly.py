@@ -211,7 +211,7 @@ def _register(
     oof = lineup.signed_oof(members, judged.cross.values)
     shares = lineup.shares(members, config.bag, judged.blend.params.get("per_fold"))
     fitted, kept = judged.blend, np.arange(len(members.names))
-    if fitted.rule == "linear" and not members.experts:
+    if fitted.is_mean:
         kept = np.flatnonzero(fitted.weights > 0)
         fitted = replace(fitted, weights=fitted.weights[kept], params={})
     names = [members.names[place] for place in kept]

@@ -90,7 +90,7 @@ def _by_view(about: dict[str, Any], path: Path, classes: tuple[str, ...]) -> Arr
     blend, names = Blend.from_dict(about["blend"]), list(about["weights"])
     views = tta.VIEWS[about["views"] if len(tta.VIEWS[about["views"]]) > 1 else "geo8"]
     members = np.zeros((len(names), len(views), len(classes)))
-    unheard = {name for name, weight in about["weights"].items() if not weight} if _is_plain(blend) else set()
+    unheard = {name for name, weight in about["weights"].items() if not weight} if blend.is_mean else set()
     for pin in about["models"]:
         if not pin["share"] or pin["member"] in unheard:
             continue
@@ -105,11 +105,6 @@ def _by_view(about: dict[str, Any], path: Path, classes: tuple[str, ...]) -> Arr
         members[names.index(pin["member"])] += pin["share"] * said[:, order]
     found: Array = blend.apply(members)
     return found
-
-
-def _is_plain(blend: Blend) -> bool:
-    """Whether a member of no weight has no say: in an average without pair experts, whose gates ask everyone."""
-    return blend.rule == "linear" and not blend.params.get("experts")
 
 
 def _slot(about: dict[str, Any], pin: dict[str, Any]) -> registry.Slot:

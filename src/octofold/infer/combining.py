@@ -43,6 +43,11 @@ class Blend:
             blended = apply_expert(blended, members, expert)
         return blended
 
+    @property
+    def is_mean(self) -> bool:
+        """Whether it is the weighted mean of the members and nothing else: one of no weight then has no say."""
+        return RULES[self.rule] is _linear and not self.params.get("experts")
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON."""
         return asdict(self) | {"weights": self.weights.tolist()}

@@ -94,8 +94,7 @@ class Ensemble:
     def is_mean(self) -> bool:
         """Whether it says a weighted mean of its voices: no view left can then move it further than its own share."""
         blend = getattr(self.combine, "__self__", None)
-        plain = isinstance(blend, Blend) and blend.rule in ("linear", "gate") and not blend.params.get("experts")
-        return self.combine is None or plain
+        return self.combine is None or (isinstance(blend, Blend) and blend.is_mean)
 
     @property
     def manifest_hash(self) -> str:
