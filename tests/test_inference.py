@@ -15,7 +15,7 @@ from conftest import House, Outcome
 from octofold import recipe, tta
 from octofold.data.images import PixelSpec, load, square
 from octofold.errors import UserError
-from octofold.infer import combining, ensemble, inference, looks, results, shards
+from octofold.infer import combining, ensemble, inference, looks, passes, results, shards
 from octofold.infer.inference import How
 from octofold.nets import models
 from octofold.predictions import Predictions
@@ -59,13 +59,13 @@ def crew(tmp_path: Path) -> ensemble.Ensemble:
 def say(crew: ensemble.Ensemble, images: np.ndarray, views: str) -> np.ndarray:
     """Probabilities of square images ``(B, S, S, 3)``."""
     voice = crew.voices[0]
-    return inference.predict_rows(voice.net, voice.card, [images], None, views)[views]
+    return passes.predict_rows(voice.net, voice.card, [images], None, views)[views]
 
 
 def test_nested_views_of_one_pass_equal_passes_of_their_own(crew: ensemble.Ensemble) -> None:
     images = np.random.default_rng(0).integers(0, 255, (5, 16, 16, 3), np.uint8)
     voice = crew.voices[0]
-    found = inference.predict_rows(voice.net, voice.card, [images[:2], images[2:]], None, "geo8")
+    found = passes.predict_rows(voice.net, voice.card, [images[:2], images[2:]], None, "geo8")
     assert list(found) == ["none", "flip", "geo4", "geo8"]
     for name, values in found.items():
         np.testing.assert_allclose(values, say(crew, images, name), atol=1e-6)
@@ -82,11 +82,11 @@ def test_geo8_does_not_care_how_the_image_is_turned(crew: ensemble.Ensemble, vie
 
 def test_the_originals_views_are_seven_with_one_twice(crew: ensemble.Ensemble) -> None:
     sets = {"none": 1, "flip": 2, "geo8_original": 8}
-    assert inference.nested("geo8_original") == sets
+    assert passes.nested("geo8_original") == sets
     assert len(set(tta.VIEWS["geo8_original"])) == 7
     images = np.random.default_rng(1).integers(0, 255, (2, 16, 16, 3), np.uint8)
     voice = crew.voices[0]
-    assert list(inference.predict_rows(voice.net, voice.card, [images], None, "geo8_original")) == list(sets)
+    assert list(passes.predict_rows(voice.net, voice.card, [images], None, "geo8_original")) == list(sets)
 
 
 def test_points_come_back_in_pixels_of_the_original(tmp_path: Path) -> None:
@@ -100,11 +100,11 @@ def test_points_come_back_in_pixels_of_the_original(tmp_path: Path) -> None:
     path = photos(tmp_path / "in", 1, size=(40, 20))[0]
     spec = PixelSpec(16, "squash")
     pixels, frame = load(path, spec)
-    found = inference.predict_rows(net, card, [square(pixels, 16)[None]], [frame], "flip")
+    found = passes.predict_rows(net, card, [square(pixels, 16)[None]], [frame], "flip")
     for values in found.values():  # mirrored, the twins change places: the mean is the same two points
         np.testing.assert_allclose(values[0], [[9.5, 9.5], [29.5, 9.5]], atol=1e-3)
     with pytest.raises(UserError, match="frame per image"):
-        inference.predict_rows(net, card, [square(pixels, 16)[None]], None, "none")
+        passes.predict_rows(net, card, [square(pixels, 16)[None]], None, "none")
 
 
 def test_mirrored_points_need_a_swap_table(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_diverged_weights_are_named(tmp_path: Path) -> None:
     with torch.no_grad():
         list(net.parameters())[0].fill_(float("nan"))
     with pytest.raises(UserError, match="finite"):
-        inference.predict_rows(net, card, [np.zeros((1, 16, 16, 3), np.uint8)])
+        passes.predict_rows(net, card, [np.zeros((1, 16, 16, 3), np.uint8)])
 
 
 def test_an_ensemble_is_the_mean_of_its_voices_and_matches_classes_by_name(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from octofold.data.images import PixelSpec, load, square
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError
 from octofold.files import sha256_file
-from octofold.infer.inference import predict_rows
+from octofold.infer.passes import predict_rows
 from octofold.nets.models import ModelCard, build, read_model
 from octofold.recipe import Model, Recipe
 from octofold.train import bundles, zoo

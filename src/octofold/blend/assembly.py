@@ -21,7 +21,7 @@ from octofold.data import manifest
 from octofold.data.manifest import Manifest
 from octofold.files import ROOT, write_text
 from octofold.infer import serving
-from octofold.infer.inference import nested
+from octofold.infer.passes import nested
 from octofold.metrics import METRICS, Metric, adopt, fingerprint
 from octofold.track import tracking
 from octofold.track.provenance import git_tags

@@ -25,6 +25,7 @@ from octofold.infer import inference
 from octofold.infer.ensemble import Ensemble
 from octofold.infer.inference import How
 from octofold.infer.looks import Item, Skipped, Source
+from octofold.infer.passes import Floats
 from octofold.predictions import Predictions
 
 ROWS = 2048  # images a part when the number of shards is left to us: a minute or two of work on two cores
@@ -151,7 +152,7 @@ def _key(ensemble: Ensemble, source: Source, how: How, parts: int) -> str:
 def _one(ensemble: Ensemble, items: Sequence[Item], how: How, total: int, bar: "tqdm[Any] | None") -> Predictions:
     """Predict one part; its file names and failures travel in `extra` until the parts are joined."""
     ids: dict[str, None] = {}
-    rows: list[inference.Floats] = []
+    rows: list[Floats] = []
     files: list[tuple[str, str]] = []
     skipped: list[Skipped] = []
     for batch in inference.stream(ensemble, items, how, total):

@@ -12,7 +12,7 @@ from torch import nn
 
 from octofold import tta
 from octofold.files import atomic, read_json, write_json
-from octofold.infer.inference import nested, predict_rows, to_pixels
+from octofold.infer.passes import nested, predict_rows, to_pixels
 from octofold.nets import models
 from octofold.predictions import Predictions
 from octofold.recipe import Recipe

@@ -25,7 +25,7 @@ from octofold.data.images import PixelSpec, load, square
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError, known, preview
 from octofold.files import existing, sha256_file
-from octofold.infer.inference import predict_rows
+from octofold.infer.passes import predict_rows
 from octofold.nets import models, weights
 from octofold.nets.models import NORMALIZE, ModelCard
 from octofold.predictions import Predictions
