@@ -49,7 +49,8 @@ def do_the_job(config: Demo) -> dict[str, Any]:
     members = [step("train", "--manifest", prepared["manifest"], "--config", recipe) for recipe in config.configs]
     for member in members:
         step("promote", "--competition", "digits", "--member", member["member"], "--stage", config.stage)
-    blended = step("blend", "--competition", "digits", "--stage", config.stage, "--tta", "auto")
+    names = ",".join(dict.fromkeys(member["member"] for member in members))  # not what an earlier demo promoted
+    blended = step("blend", "--competition", "digits", "--stage", config.stage, "--members", names, "--tta", "auto")
     truth = held_out_accuracy(Path(blended["submission"]), Path(prepared["manifest"]).with_name("test_truth.csv"))
     low, high = blended["estimate/low"], blended["estimate/high"]
     expected = f"{blended['estimate/accuracy']:.4f}  (95 % interval {low:.4f} to {high:.4f})"

@@ -49,6 +49,8 @@ def test_flag_text_takes_its_fields_type(flags: list[str], field: str, value: ob
         (["--batch_size", "1", "--batch_size", "2"], "one value"),
         (["--config", "no/such.yaml"], "no such file"),
         (["--member", "a/b"], "member"),
+        (["--seeds", "-1"], "seeds"),
+        (["--seeds", "0,0"], "seeds must be different"),
         (["--augment.mixup_prob", "0.7", "--augment.cutmix_prob", "0.7"], "at most 1"),
     ],
 )
@@ -58,7 +60,9 @@ def test_mistakes_name_the_flag_and_the_choice(flags: list[str], words: str) -> 
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "\x00", "optim: 3\n", "3: 4\n"])
+@pytest.mark.parametrize(
+    "text", ["- a\n- b\n", "a: [1\n", "\x00", "optim: 3\n", "3: 4\n", "optim: {lr: 1}\noptim: {}\n"]
+)
 def test_a_bad_recipe_is_the_users_mistake(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bad recipe.yaml"
     path.write_text(text)

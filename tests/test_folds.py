@@ -101,6 +101,14 @@ def test_a_share_however_small_is_held_out(share: float) -> None:
     assert abs(float((fold == 0).mean()) - share) < 0.006
 
 
+@pytest.mark.parametrize("groups", [2, 7, 10])
+def test_a_share_of_few_groups_is_held_out(groups: int) -> None:
+    names = np.repeat([f"patient {row}" for row in range(groups)], 12)
+    fold = folds.hold_out(names, None, 0.15)
+    assert not folds.crossing(names, fold)
+    assert 0 < (fold == 0).sum() <= 2 * 12
+
+
 def test_big_groups_stay_balanced() -> None:
     """100 groups of very different sizes over 5 folds: each fold within a tenth of a fifth."""
     rng = np.random.default_rng(0)

@@ -135,3 +135,5 @@ def test_check_folds() -> None:
     assert manifests.check_folds(make(), None) == [0, 1]
     with pytest.raises(UserError, match="fold numbers"):
         manifests.check_folds(make(), [0, 5])
+    with pytest.raises(UserError, match="leave it out for all"):
+        manifests.check_folds(make(), [])

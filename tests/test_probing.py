@@ -121,6 +121,19 @@ def test_the_luck_of_few_seeds_is_seldom_called_a_difference(seeds: int) -> None
     assert called <= 8
 
 
+def test_arms_for_a_few_classes_are_compared_on_those() -> None:
+    """Right on the rows both are for, wrong on the others: only the former count."""
+    table = make_manifest(200)
+    wanted = table.target == 0
+    oofs = {"x": {0: make_oof(table, ~wanted, "x")}, "yy": {0: make_oof(table, wanted, "yy")}}
+    assert compare(oofs, table, "accuracy")[1].verdict == "not separable"
+    found = compare(oofs, table, "accuracy", wanted=wanted)
+    assert [one.score for one in found] == [0.0, 1.0]
+    assert found[1].verdict == "better"
+    with pytest.raises(UserError, match="every arm"):
+        compare(oofs, table, "accuracy", wanted=np.zeros(200, bool))
+
+
 def test_arms_must_agree_on_rows_and_seeds() -> None:
     table = make_manifest(20)
     oof = make_oof(table, draw(0.8, 20, 0), "x")

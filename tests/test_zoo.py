@@ -190,3 +190,16 @@ def test_a_list_of_names_bytes_and_sha256_as_the_originals_keep_it(house: House,
     done = subprocess.run([str(part) for part in command], env=house.environment(), capture_output=True, text=True)
     assert "bytes" in done.stderr
     assert done.returncode != 0
+
+
+@pytest.mark.parametrize("names", [("001", "002"), ("NA", "None"), ("1.0", "2.0")])
+def test_labels_that_look_like_numbers_or_nothing_are_names(tmp_path: Path, names: tuple[str, str]) -> None:
+    ids = [f"s{row}" for row in range(8)]
+    table = pd.DataFrame({"sample_id": ids, "path": ids, "label": [*names] * 4, "group": ids, "fold": 0})
+    oof = pd.DataFrame({"image": ids, "label": [*names] * 4, "fold": 0, names[0]: 0.25, names[1]: 0.75})
+    oof.to_csv(tmp_path / "oof.csv", index=False)
+    manifest = Manifest(table, "classify", names, "toy", tmp_path)
+    told = zoo.Facts.model_validate(FACTS | {"classes": list(names)})
+    found, values = zoo.read_oof(tmp_path / "oof.csv", told, 0, manifest)
+    assert found.tolist() == ids
+    np.testing.assert_array_equal(values, np.tile(np.float32([0.25, 0.75]), (8, 1)))

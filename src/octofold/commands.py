@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 
 from octofold.config import Section
 from octofold.recipe import Recipe
@@ -218,7 +218,7 @@ class Tune(Section):
     hours: float | None = Field(None, gt=0, description="of trial time; null = no limit")
     slots: int | None = Field(None, ge=1, description="slots (fold, seed) to train in all trials; null = no limit")
     folds: list[int] | None = Field(None, description="folds each trial is scored on; null = all of the manifest's")
-    seeds: list[int] = Field([0], min_length=1, description="seeds each trial trains each fold with")
+    seeds: list[NonNegativeInt] = Field([0], min_length=1, description="seeds each trial trains each fold with")
     views: str = Field("none", description="views a slot is scored with; none = the score of the last validation")
     objectives: list[Literal["score", "inference_ms"]] = Field(
         ["score"], min_length=1, description="score, or score,inference_ms (one image, one view) for a Pareto set"

@@ -199,14 +199,26 @@ def _parse(argv: Sequence[str]) -> dict[str, str]:
     return flags
 
 
+class _KeysOnce(yaml.SafeLoader):
+    """Refuses a key given twice: YAML would keep the last and drop the others without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is given twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping of settings; an empty file is an empty mapping.
 
     Raises:
-        UserError: not YAML, or not a mapping.
+        UserError: not YAML, a key given twice, or not a mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _KeysOnce)  # noqa: S506 - a safe loader
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(path, expected="valid YAML", got=str(error)) from error
     if values is None:

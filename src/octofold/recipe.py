@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from octofold.config import Section
 
@@ -180,7 +180,7 @@ class Recipe(Section):
         0, ge=0, description="train on this many batches and validate on the same: does it learn at all? 0 = off"
     )
     folds: list[int] | None = Field(None, description="folds to train; null = all of the manifest's")
-    seeds: list[int] = Field([0], min_length=1, description="seeds to train each fold with")
+    seeds: list[NonNegativeInt] = Field([0], min_length=1, description="seeds to train each fold with")
     runtime: Runtime = Runtime()
 
     @model_validator(mode="after")
@@ -191,6 +191,8 @@ class Recipe(Section):
             raise ValueError("distill.teacher speaks of whole images: mixup_prob and cutmix_prob must be 0 beside it")
         if len({phase.name for phase in self.phases}) != len(self.phases):
             raise ValueError("phases must have different names")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds must be different")
         if self.loss.class_weights and self.loss.weighted_sampler and not self.loss.balance_twice:
             raise ValueError(
                 "loss.class_weights and loss.weighted_sampler together balance twice: rare classes count squared."

@@ -218,10 +218,12 @@ def check_folds(manifest: Manifest, folds: Sequence[int] | None) -> list[int]:
     """Return the folds asked for (all, if None), refusing numbers the manifest does not have.
 
     Raises:
-        UserError: an unknown fold.
+        UserError: an unknown fold, or none at all.
     """
     wanted = manifest.folds if folds is None else sorted(set(folds))
     unknown = sorted(set(wanted) - set(manifest.folds))
+    if not wanted:
+        raise UserError("folds", expected=f"fold numbers in {manifest.folds}", got="none", fix="leave it out for all")
     if unknown:
         raise UserError("folds", expected=f"fold numbers in {manifest.folds}", got=preview(unknown))
     return wanted

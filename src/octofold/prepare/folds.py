@@ -138,7 +138,10 @@ def hold_out(
     def held_of(count: int) -> int:
         return min(max(1, round(share * count)), count - 1)  # neither fold is ever empty
 
-    parts = min(range(2, 201), key=lambda count: (max(0.0, abs(held_of(count) / count - share) - 0.005), count))
+    most = min(200, len(np.unique(np.asarray(groups, dtype=str))))
+    parts = min(
+        range(2, max(2, most) + 1), key=lambda count: (max(0.0, abs(held_of(count) / count - share) - 0.005), count)
+    )
     return np.asarray(assign(groups, labels, parts, seed) >= held_of(parts), dtype=np.int64)
 
 

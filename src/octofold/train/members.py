@@ -35,7 +35,7 @@ from octofold.track.leases import Lessee
 from octofold.track.outage import patiently
 from octofold.track.provenance import outlive
 from octofold.track.tracking import RunInfo
-from octofold.train import checkpoint, interrupt, origin, training
+from octofold.train import checkpoint, harden, interrupt, origin, training
 from octofold.workers import Job
 
 log = logging.getLogger("octofold")
@@ -346,17 +346,19 @@ def _stored_oof(run_id: str) -> dict[str, Predictions]:
 def _score(
     recipe: Recipe, table: Manifest, parts: dict[int, list[dict[str, Predictions]]], parent: tracking.Run
 ) -> dict[str, float]:
-    """Score the member on the held-out rows of all folds trained, seeds averaged; keep that OOF in the parent run."""
+    """Score the member on the held-out rows of all folds trained that the recipe is for, seeds averaged."""
     task = make_task(table.task, table.classes, table.info.get("swap"))
     metric = training.metric_of(recipe, task)
     place = {name: row for row, name in enumerate(table.sample_ids.tolist())}
     metrics: dict[str, float] = {}
+    wanted = harden.wanted_rows(recipe.classes, table.target, table.classes)  # a pair expert's slots count these too
     common = set.intersection(*(set(oof) for slots in parts.values() for oof in slots))  # some were told other views
     for views in sorted(common):
         whole = average([concatenate([oof[views] for oof in slots]) for slots in parts.values()])
-        truth = table.target[np.array([place[name] for name in whole.sample_ids.tolist()])]
+        rows = np.array([place[name] for name in whole.sample_ids.tolist()])
+        values, truth = whole.values[wanted[rows]], table.target[rows[wanted[rows]]]
         for name in dict.fromkeys([metric, task.default_metric]):
-            metrics[f"oof.{views}/{name}"] = task.score(whole.values, truth, name)
+            metrics[f"oof.{views}/{name}"] = task.score(values, truth, name)
     for name in dict.fromkeys([metric, task.default_metric]):
         metrics[f"oof/{name}"] = metrics[f"oof.{recipe.tta}/{name}"]
     return metrics

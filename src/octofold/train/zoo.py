@@ -247,10 +247,9 @@ def read_oof(
     Raises:
         UserError: not a table, columns missing, images that the manifest does not have, labels that it has otherwise.
     """
-    try:
-        found = (
-            pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype={facts.image_column: str})
-        )
+    try:  # as text: 001, NA and 1.0 are names
+        is_parquet = path.suffix == ".parquet"
+        found = pd.read_parquet(path) if is_parquet else pd.read_csv(path, dtype=str, keep_default_na=False)
     except (ValueError, OSError) as error:  # pandas' and pyarrow's own are ValueErrors
         raise UserError(path, expected="out-of-fold probabilities, CSV or parquet", got=str(error)[:200]) from error
     column = "sample_id" if "sample_id" in found else facts.image_column

@@ -25,7 +25,7 @@ from octofold.nets.tasks import make_task
 from octofold.predictions import Predictions, concatenate
 from octofold.recipe import Recipe
 from octofold.track import registry, tracking
-from octofold.train import members
+from octofold.train import harden, members
 from octofold.train.training import metric_of
 
 log = logging.getLogger("octofold")
@@ -74,7 +74,8 @@ def probe(settings: Probe) -> dict[str, Any]:
     )
     with tracking.run("probe", settings, table.competition, title[:200]) as run:
         oofs = {arm.member: train_arm(arm, settings.manifest, table.competition) for arm in recipes}
-        findings = compare(oofs, table, metric, settings.probe_seed)
+        wanted = [harden.wanted_rows(arm.classes, table.target, table.classes) for arm in recipes]
+        findings = compare(oofs, table, metric, settings.probe_seed, np.logical_and.reduce(wanted))
         text = summary(findings, metric, len(base.seeds))
         log.info("%s", text)
         _log(run, findings, metric, text)
@@ -172,7 +173,11 @@ def _varied(base: Recipe, field: str, text: str) -> Recipe:
 
 
 def compare(
-    oofs: Mapping[str, Mapping[int, Predictions]], table: Manifest, metric: str, seed: int = 0
+    oofs: Mapping[str, Mapping[int, Predictions]],
+    table: Manifest,
+    metric: str,
+    seed: int = 0,
+    wanted: npt.NDArray[np.bool_] | None = None,
 ) -> list[Finding]:
     """Compare arms on the rows all of them predicted out of fold.
 
@@ -185,13 +190,14 @@ def compare(
         table: holds the truth and the groups.
         metric: row of `metrics.METRICS`.
         seed: of the resampling.
+        wanted: ``(N,)`` the rows every arm is for, where some are for a few classes only (pair experts).
 
     Raises:
-        UserError: arms that differ in seeds or rows.
+        UserError: arms that differ in seeds or rows, or not one row that all are for.
     """
     names = list(oofs)
     seeds = sorted(oofs[names[0]])
-    values, target, groups = _aligned(oofs, table, seeds)
+    values, target, groups = _aligned(oofs, table, seeds, np.ones(len(table.table), bool) if wanted is None else wanted)
     measure = METRICS[metric]
     sign = 1 if measure.higher_is_better else -1
     draws = estimate.bootstrap(values, target, groups, measure, seed=seed).reshape(len(names), len(seeds), -1)
@@ -215,7 +221,10 @@ def compare(
 
 
 def _aligned(
-    oofs: Mapping[str, Mapping[int, Predictions]], table: Manifest, seeds: Sequence[int]
+    oofs: Mapping[str, Mapping[int, Predictions]],
+    table: Manifest,
+    seeds: Sequence[int],
+    wanted: npt.NDArray[np.bool_],
 ) -> tuple[list[Array], Array, Array]:
     """Values of every arm and seed on the same rows, arm by arm; the truth and groups of those rows."""
     names = list(oofs)
@@ -231,7 +240,11 @@ def _aligned(
             values.append(oof.reorder(table.classes).take(first.sample_ids).values)
     place = {name: row for row, name in enumerate(table.sample_ids.tolist())}
     rows = np.array([place[name] for name in first.sample_ids.tolist()])
-    return values, table.target[rows], table.groups[rows]
+    kept = wanted[rows]
+    if not kept.any():
+        raise UserError("probe", expected="held-out rows of classes that every arm trains on", got="none")
+    rows = rows[kept]
+    return [part[kept] for part in values], table.target[rows], table.groups[rows]
 
 
 def summary(findings: Sequence[Finding], metric: str, seeds: int) -> str:
