@@ -150,7 +150,7 @@ def test_per_fold_weights_are_each_folds_own() -> None:
     np.testing.assert_allclose(table["3"], blending.fit("lr_mse", probs[:, rows], target[rows]).weights, atol=1e-6)
 
 
-def test_pair_gate_mends_what_only_the_pair_confuses() -> None:
+def close_pair() -> Any:
     """Classes 0 and 1 look alike to the average, and one member can tell them apart by a hair."""
     rng = np.random.default_rng(0)
     target = rng.integers(0, 4, 2000)
@@ -162,10 +162,31 @@ def test_pair_gate_mends_what_only_the_pair_confuses() -> None:
     base[1, pair, 0] += lean
     base[1, pair, 1] -= lean
     probs = (base / base.sum(axis=2, keepdims=True)).astype(np.float32)
-    fold = np.arange(2000) % 5
+    return probs, target, np.arange(2000) % 5
+
+
+def test_pair_gate_mends_what_only_the_pair_confuses() -> None:
+    probs, target, fold = close_pair()
     gated = blending.fit("pair_gate", probs, target, fold)
     plain = blending.fit("simplex", probs, target, fold)
     assert accuracy(gated.apply(probs), target) > accuracy(plain.apply(probs), target) + 0.1
+
+
+@pytest.mark.parametrize("method", ["auto", "stack", "pair_gate"])
+def test_of_two_folds_the_one_that_is_seen_is_enough_to_choose(method: str) -> None:
+    """The cross-fitted score of two folds is of the same blend: rows sorted by class, one fold, the same choice."""
+    probs, target, fold = close_pair() if method == "pair_gate" else members((1.5, 0.0, 0.0))
+    order = np.argsort(target, kind="stable")
+    probs, target, fold = probs[:, order], target[order], fold[order]
+    held = np.arange(len(target)) % 4 == 3
+    known = blending.fit(method, probs, target, np.where(held, 9, fold), ~held)
+    alone = blending.fit(method, probs, target, held.astype(int), ~held)
+    assert alone.method == known.method
+    assert alone.method != "auto: equal"
+    if method == "stack":
+        assert alone.params == known.params  # of the same strength
+    assert len(alone.params.get("experts", "")) == len(known.params.get("experts", ""))
+    assert method != "pair_gate" or alone.params["experts"]
 
 
 @pytest.mark.parametrize(
