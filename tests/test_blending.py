@@ -165,6 +165,24 @@ def close_pair() -> Any:
     return probs, target, np.arange(2000) % 5
 
 
+def test_cwr_does_not_raise_a_class_that_no_row_has() -> None:
+    probs, target, _ = members(classes=4)
+    never = np.concatenate([probs, np.full_like(probs[:, :, :1], 1e-2)], axis=2)
+    blend = blending.fit("cwr", never / never.sum(axis=2, keepdims=True), target)
+    assert blend.params["scale"][4] == max(blend.params["scale"])
+
+
+def test_rank_never_takes_a_class_that_nobody_names() -> None:
+    """Of sure members, most of what they say of a rare class is 0: that many quantiles at once."""
+    rng = np.random.default_rng(0)
+    target = rng.choice(4, 1000, p=[0.55, 0.3, 0.12, 0.03])
+    logits = rng.normal(size=(2, 1000, 4)) + 3 * np.eye(4)[target]
+    probs = np.exp(100 * (logits - logits.max(axis=2, keepdims=True))).astype(np.float32)
+    probs /= probs.sum(axis=2, keepdims=True)
+    called = blending.fit("rank", probs, target).apply(probs).argmax(axis=1)
+    assert probs.max(axis=0)[np.arange(1000), called].min() > 0
+
+
 def test_pair_gate_mends_what_only_the_pair_confuses() -> None:
     probs, target, fold = close_pair()
     gated = blending.fit("pair_gate", probs, target, fold)
