@@ -93,6 +93,19 @@ def test_resamples_without_a_class_are_left_out_of_intervals() -> None:
     assert estimate.gain("twin", draws[0], draws[0], (0.5, 0.5), METRICS["auc"]).probability == 0.5
 
 
+@pytest.mark.parametrize("name", ["accuracy", "macro_f1"])
+def test_one_group_says_nothing_of_how_sure_a_score_is(name: str) -> None:
+    probs, target, fold = members((0.3, 3.0))
+    group, metric = np.zeros(len(target), int), METRICS[name]
+    draws = estimate.bootstrap(list(probs), target, group, metric)
+    found = estimate.gain("worse", draws[1], draws[0], (0.9, 0.3), metric)
+    assert not found.separable
+    assert np.isnan([found.low, found.high, found.probability]).all()
+    judged = verdict.judge("equal", probs, ["a", "b"], target, fold, group, metric)
+    assert np.isnan([judged.score.low, judged.score.high, judged.standard_error]).all()
+    assert not any(gain.separable for gain in judged.gains)
+
+
 def test_gain_of_equals_is_a_coin() -> None:
     probs, target, _ = members()
     draws = estimate.bootstrap([probs[0], probs[0], probs[2]], target, np.arange(len(target)), ACCURACY)
