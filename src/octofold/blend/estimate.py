@@ -29,6 +29,16 @@ class Interval(NamedTuple):
     def __str__(self) -> str:
         return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
 
+    @property
+    def standard_error(self) -> float:
+        """Of the value, if the interval was not cut."""
+        return (self.high - self.low) / 3.92
+
+    def within(self, metric: Metric) -> "Interval":
+        """Cut off the scores that the metric cannot give."""
+        low, high = np.maximum(self.low, metric.least), np.minimum(self.high, metric.most)  # NaN stays NaN
+        return Interval(self.value, float(np.minimum(low, self.value)), float(np.maximum(high, self.value)))
+
 
 @dataclass(frozen=True)
 class CrossFit:
