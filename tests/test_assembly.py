@@ -12,6 +12,7 @@ import pytest
 
 from conftest import REPOSITORY, House
 from octofold.predictions import Predictions
+from world import make_world
 
 pytestmark = pytest.mark.slow
 
@@ -164,6 +165,11 @@ def test_compare_explain_score(tour: dict[str, Any]) -> None:
     assert Path(tour["explain"]["picture"]).stat().st_size > 1000
     assert tour["explain"]["row"]["label"] in ("ash", "birch", "cedar")
     assert tour["score"]["boards/submissions"] == 1
+
+
+def test_an_error_by_size_of_a_single_point_is_refused(house: House, refuses: Any) -> None:
+    make_world(house.home / "data" / "tips", task="keypoints")
+    refuses(house.run("blend", "--competition", "tips", "--metric", "nme"), "two visible points or more")
 
 
 def test_an_empty_stage_is_told(blended: tuple[House, dict[str, Any]], refuses: Any) -> None:

@@ -150,7 +150,7 @@ def test_per_fold_weights_are_each_folds_own() -> None:
     np.testing.assert_allclose(table["3"], blending.fit("lr_mse", probs[:, rows], target[rows]).weights, atol=1e-6)
 
 
-def test_pair_gate_mends_what_only_the_pair_confuses() -> None:
+def close_pair() -> Any:
     """Classes 0 and 1 look alike to the average, and one member can tell them apart by a hair."""
     rng = np.random.default_rng(0)
     target = rng.integers(0, 4, 2000)
@@ -162,10 +162,49 @@ def test_pair_gate_mends_what_only_the_pair_confuses() -> None:
     base[1, pair, 0] += lean
     base[1, pair, 1] -= lean
     probs = (base / base.sum(axis=2, keepdims=True)).astype(np.float32)
-    fold = np.arange(2000) % 5
+    return probs, target, np.arange(2000) % 5
+
+
+def test_cwr_does_not_raise_a_class_that_no_row_has() -> None:
+    probs, target, _ = members(classes=4)
+    never = np.concatenate([probs, np.full_like(probs[:, :, :1], 1e-2)], axis=2)
+    blend = blending.fit("cwr", never / never.sum(axis=2, keepdims=True), target)
+    assert blend.params["scale"][4] == max(blend.params["scale"])
+
+
+def test_rank_never_takes_a_class_that_nobody_names() -> None:
+    """Of sure members, most of what they say of a rare class is 0: that many quantiles at once."""
+    rng = np.random.default_rng(0)
+    target = rng.choice(4, 1000, p=[0.55, 0.3, 0.12, 0.03])
+    logits = rng.normal(size=(2, 1000, 4)) + 3 * np.eye(4)[target]
+    probs = np.exp(100 * (logits - logits.max(axis=2, keepdims=True))).astype(np.float32)
+    probs /= probs.sum(axis=2, keepdims=True)
+    called = blending.fit("rank", probs, target).apply(probs).argmax(axis=1)
+    assert probs.max(axis=0)[np.arange(1000), called].min() > 0
+
+
+def test_pair_gate_mends_what_only_the_pair_confuses() -> None:
+    probs, target, fold = close_pair()
     gated = blending.fit("pair_gate", probs, target, fold)
     plain = blending.fit("simplex", probs, target, fold)
     assert accuracy(gated.apply(probs), target) > accuracy(plain.apply(probs), target) + 0.1
+
+
+@pytest.mark.parametrize("method", ["auto", "stack", "pair_gate"])
+def test_of_two_folds_the_one_that_is_seen_is_enough_to_choose(method: str) -> None:
+    """The cross-fitted score of two folds is of the same blend: rows sorted by class, one fold, the same choice."""
+    probs, target, fold = close_pair() if method == "pair_gate" else members((1.5, 0.0, 0.0))
+    order = np.argsort(target, kind="stable")
+    probs, target, fold = probs[:, order], target[order], fold[order]
+    held = np.arange(len(target)) % 4 == 3
+    known = blending.fit(method, probs, target, np.where(held, 9, fold), ~held)
+    alone = blending.fit(method, probs, target, held.astype(int), ~held)
+    assert alone.method == known.method
+    assert alone.method != "auto: equal"
+    if method == "stack":
+        assert alone.params == known.params  # of the same strength
+    assert len(alone.params.get("experts", "")) == len(known.params.get("experts", ""))
+    assert method != "pair_gate" or alone.params["experts"]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 
 from octofold.blend import estimate, verdict
 from octofold.errors import UserError
-from octofold.metrics import METRICS
+from octofold.metrics import METRICS, Metric
 from test_blending import members
 
 ACCURACY = METRICS["accuracy"]
@@ -91,6 +91,37 @@ def test_resamples_without_a_class_are_left_out_of_intervals() -> None:
     found = estimate.interval(0.5, draws[0])
     assert found.low < 0.5 < found.high
     assert estimate.gain("twin", draws[0], draws[0], (0.5, 0.5), METRICS["auc"]).probability == 0.5
+
+
+@pytest.mark.parametrize("name", ["accuracy", "macro_f1"])
+def test_one_group_says_nothing_of_how_sure_a_score_is(name: str) -> None:
+    probs, target, fold = members((0.3, 3.0))
+    group, metric = np.zeros(len(target), int), METRICS[name]
+    draws = estimate.bootstrap(list(probs), target, group, metric)
+    found = estimate.gain("worse", draws[1], draws[0], (0.9, 0.3), metric)
+    assert not found.separable
+    assert np.isnan([found.low, found.high, found.probability]).all()
+    judged = verdict.judge("equal", probs, ["a", "b"], target, fold, group, metric)
+    assert np.isnan([judged.score.low, judged.score.high, judged.standard_error]).all()
+    assert not any(gain.separable for gain in judged.gains)
+
+
+@pytest.mark.parametrize("name", ["accuracy", "log_loss", "brier", "quadratic_kappa"])
+def test_no_interval_holds_a_score_that_cannot_be(name: str) -> None:
+    """Two seeds as unlike as can be: the interval ends where the metric does, the standard error does not."""
+    probs, target, fold = members((3.0,))
+    metric, per_seed = METRICS[name], [probs, np.roll(probs, 1, axis=2)]
+    judged = verdict.judge("equal", probs, ["a"], target, fold, np.arange(len(target)), metric, per_seed)
+    assert metric.least <= judged.score.low < judged.score.value < judged.score.high <= metric.most
+    assert metric.least in judged.score or metric.most in judged.score
+    assert judged.standard_error == pytest.approx(judged.seed_spread / np.sqrt(2), rel=0.02)
+
+
+def test_a_score_of_the_users_own_has_no_bounds() -> None:
+    own = Metric(lambda values, target: 0.0, True, "classify")
+    assert estimate.Interval(0.9, -3.0, 7.0).within(own) == (0.9, -3.0, 7.0)
+    assert estimate.Interval(0.9, -3.0, 7.0).within(ACCURACY) == (0.9, 0.0, 1.0)
+    assert np.isnan(estimate.Interval(0.9, np.nan, np.nan).within(ACCURACY)[1:]).all()
 
 
 def test_gain_of_equals_is_a_coin() -> None:

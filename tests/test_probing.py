@@ -134,6 +134,14 @@ def test_arms_for_a_few_classes_are_compared_on_those() -> None:
         compare(oofs, table, "accuracy", wanted=np.zeros(200, bool))
 
 
+def test_rows_of_one_group_separate_nothing() -> None:
+    table, right = make_manifest(60, per_group=60), np.arange(60) < 30
+    arms = {"x": {0: make_oof(table, right, "x")}, "yy": {0: make_oof(table, right | True, "yy")}}
+    found = compare(arms, table, "accuracy")[1]
+    assert found.verdict == "not separable"
+    assert np.isnan([found.low, found.high, found.chance]).all()
+
+
 def test_arms_must_agree_on_rows_and_seeds() -> None:
     table = make_manifest(20)
     oof = make_oof(table, draw(0.8, 20, 0), "x")

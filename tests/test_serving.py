@@ -180,6 +180,24 @@ def test_only_a_separable_gain_takes_production(whole: Path, rows: Manifest, tmp
     assert crew.about["extra"] == {"note": 1}
 
 
+@pytest.mark.parametrize("shared", ["row", "group"])
+def test_what_one_row_or_group_says_takes_no_production(
+    whole: Path, rows: Manifest, tmp_path: Path, shared: str
+) -> None:
+    """The blend in place knows nothing but one of these rows, or all of them are of one group; there it errs."""
+    packed = serving.pack(whole, tmp_path / "packed")
+    if shared == "group":
+        rows = replace(rows, table=rows.table.assign(group="one"))
+    found = []
+    for oof in (says(rows, 0).take(rows.sample_ids[: 1 if shared == "row" else 40]), says(rows, 1)):
+        with tracking.run("blend", None, "tiny") as run:
+            run.log_artifact(oof.save(tmp_path / "none.parquet"), "oof")
+            name, version = serving.log_blend(run, packed, {})
+            found.append(succession.succeed(run, name, version, "production", oof, rows, metrics.METRICS["accuracy"]))
+    assert [decision.moved for decision in found] == [True, False]
+    assert "1 of the same groups, and 10 are needed" in found[1].reason
+
+
 def answer(address: str, cells: list[list[str]]) -> tuple[int, Any]:
     """Post images to a served model; return the status and the body."""
     body = json.dumps({"dataframe_split": {"columns": ["image"], "data": cells}}).encode()

@@ -44,6 +44,12 @@ def test_without_shift_the_folds_are_believed() -> None:
     assert found.accuracy.low <= accuracy(test, truth) <= found.accuracy.high
 
 
+def test_rows_of_one_group_leave_the_forecast_wide() -> None:
+    oof, target = world(1500, 0.2, 0)
+    sure, unknown = (shift.foresee(oof, target, [oof], spread).accuracy for spread in (0.01, float("nan")))
+    assert unknown.high - unknown.low > 5 * (sure.high - sure.low)
+
+
 def test_members_that_disagree_more_are_expected_to_be_less_right() -> None:
     probs, target, _ = members((2.0, 2.0), rows=1500)
     weaker, _, _ = members((1.0, 1.0), rows=1500)

@@ -103,12 +103,14 @@ def confusion(predicted: Array, target: Array, classes: int) -> npt.NDArray[np.i
 
 
 class Metric(NamedTuple):
-    """A score and its direction; for the user's own, the sha256 of the file it was read from."""
+    """A score, its direction and its range; for the user's own, the sha256 of the file it was read from."""
 
     score: Callable[[Array, Array], float]
     higher_is_better: bool
     task: str  # classify | keypoints
     sha256: str = ""
+    least: float = -math.inf
+    most: float = math.inf
 
     @property
     def sign(self) -> int:
@@ -117,16 +119,16 @@ class Metric(NamedTuple):
 
 
 METRICS: dict[str, Metric] = {
-    "accuracy": Metric(accuracy, True, "classify"),
-    "balanced_accuracy": Metric(balanced_accuracy, True, "classify"),
-    "macro_f1": Metric(macro_f1, True, "classify"),
-    "log_loss": Metric(log_loss, False, "classify"),
-    "brier": Metric(brier, False, "classify"),
-    "auc": Metric(auc, True, "classify"),
-    "quadratic_kappa": Metric(quadratic_kappa, True, "classify"),
-    "ece": Metric(calibration_error, False, "classify"),
-    "mse": Metric(point_mse, False, "keypoints"),
-    "nme": Metric(point_nme, False, "keypoints"),
+    "accuracy": Metric(accuracy, True, "classify", least=0, most=1),
+    "balanced_accuracy": Metric(balanced_accuracy, True, "classify", least=0, most=1),
+    "macro_f1": Metric(macro_f1, True, "classify", least=0, most=1),
+    "log_loss": Metric(log_loss, False, "classify", least=0),
+    "brier": Metric(brier, False, "classify", least=0, most=2),
+    "auc": Metric(auc, True, "classify", least=0, most=1),
+    "quadratic_kappa": Metric(quadratic_kappa, True, "classify", least=-1, most=1),
+    "ece": Metric(calibration_error, False, "classify", least=0, most=1),
+    "mse": Metric(point_mse, False, "keypoints", least=0),
+    "nme": Metric(point_nme, False, "keypoints", least=0),
 }
 
 

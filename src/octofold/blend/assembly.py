@@ -19,6 +19,7 @@ from octofold.blend.verdict import Verdict
 from octofold.commands import Blend
 from octofold.data import manifest
 from octofold.data.manifest import Manifest
+from octofold.errors import UserError
 from octofold.files import ROOT, write_text
 from octofold.infer import serving
 from octofold.infer.passes import nested
@@ -115,9 +116,16 @@ def metric_of(name: str, train: Manifest) -> tuple[str, Metric]:
     """Return the metric asked for, or the task's own.
 
     Raises:
-        UserError: unknown, or of the other task.
+        UserError: unknown, of the other task, or without a value on these samples.
     """
     chosen = adopt(name or ("accuracy" if train.task == "classify" else "mse"), train.task)
+    if chosen == "nme" and (visible := int(np.isfinite(train.target).all(axis=2).sum(axis=1).max())) < 2:
+        raise UserError(
+            "metric 'nme'",
+            expected="samples with two visible points or more: their distance is what errors are divided by",
+            got=f"at most {visible} point{'' if visible == 1 else 's'} a sample",
+            fix="use --metric mse",
+        )
     return chosen, METRICS[chosen]
 
 

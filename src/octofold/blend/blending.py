@@ -95,9 +95,7 @@ def _gated(
     kept = _sample(members, rows, MOST)
     weights = np.r_[blend.weights, np.zeros(len(experts))]
     gated = replace(blend, weights=weights, params=blend.params | {"voters": len(members) - len(experts)})
-    inner = fold[kept]
-    if len(np.unique(inner)) == 1:  # of two folds one is held out: the other is halved
-        inner = np.arange(len(inner)) * 2 // len(inner)
+    inner = _inner(fold, target, rows)[kept]
     found = stacking.fit_experts(seen, truth, inner, gated.apply(seen), metric, list(dict.fromkeys(experts)))
     return replace(gated, params=gated.params | {"experts": [*gated.params.get("experts", []), *found]})
 
@@ -176,7 +174,9 @@ def cwr(members: Array, target: Array, fold: Array, rows: Rows, metric: Metric) 
 
 def stack(members: Array, target: Array, fold: Array, rows: Rows, metric: Metric) -> Blend:
     """A logistic meta-model on probabilities, margins and entropies; its ridge chosen across the folds."""
-    params = stacking.fit_logistic(*_seen(members, target, rows), fold[_sample(members, rows, MOST)])
+    params = stacking.fit_logistic(
+        *_seen(members, target, rows), _inner(fold, target, rows)[_sample(members, rows, MOST)]
+    )
     return Blend("stack", "stack", stacking.influence(params, members.shape[0], members.shape[2]), params)
 
 
@@ -191,7 +191,8 @@ def pair_gate(members: Array, target: Array, fold: Array, rows: Rows, metric: Me
     weights = simplex(members, target, fold, rows, metric).weights
     seen, truth = _seen(members, target, rows)
     base = np.tensordot(weights, seen, 1)
-    experts = stacking.fit_experts(seen, truth, fold[_sample(members, rows, MOST)], base, metric)
+    inner = _inner(fold, target, rows)[_sample(members, rows, MOST)]
+    experts = stacking.fit_experts(seen, truth, inner, base, metric)
     return Blend("pair_gate", "gate", weights, {"experts": experts})
 
 
@@ -208,12 +209,13 @@ def auto(members: Array, target: Array, fold: Array, rows: Rows, metric: Metric)
     Being a method like any other, its choice is made anew, unseen, for each fold of the outer estimate.
     """
     seen = np.ones(members.shape[1], bool) if rows is None else rows
-    folds = np.unique(fold[seen])
+    inner = _inner(fold, target, rows)
+    folds = np.unique(inner[seen])
     chosen, gains = CANDIDATES[0], {}
     for name in CANDIDATES if len(folds) > 1 else ():
         parts = []
         for held in folds:
-            inside, outside = seen & (fold != held), seen & (fold == held)
+            inside, outside = seen & (inner != held), seen & (inner == held)
             part = members[:, outside]
             parts.append(
                 _gains(METHODS[name](members, target, fold, inside, metric).apply(part), target[outside], metric)
@@ -224,6 +226,23 @@ def auto(members: Array, target: Array, fold: Array, rows: Rows, metric: Metric)
             chosen = name
     fitted = METHODS[chosen](members, target, fold, rows, metric)
     return replace(fitted, method=f"auto: {chosen}")
+
+
+def _inner(fold: Array, target: Array, rows: Rows) -> Array:
+    """``(N,)`` folds to choose across: those of the rows that may be seen, or two halves where they are all of one.
+
+    Of two folds one is held out for the estimate. Without halves a method would choose nothing on the other, and the
+    estimate would be another method's than the one fitted on both. Each class is halved in the order of its rows, so
+    that no half lacks a class and neighbours (of a group, mostly) stay together.
+    """
+    seen = np.arange(len(fold)) if rows is None else np.flatnonzero(rows)
+    if len(np.unique(fold[seen])) > 1:
+        return fold
+    halves = np.zeros(len(fold), int)
+    for label in np.unique(target[seen]):
+        own = seen[target[seen] == label]
+        halves[own[(len(own) + 1) // 2 :]] = 1
+    return halves
 
 
 def _gains(values: Array, target: Array, metric: Metric) -> Array:

@@ -29,6 +29,16 @@ class Interval(NamedTuple):
     def __str__(self) -> str:
         return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
 
+    @property
+    def standard_error(self) -> float:
+        """Of the value, if the interval was not cut."""
+        return (self.high - self.low) / 3.92
+
+    def within(self, metric: Metric) -> "Interval":
+        """Cut off the scores that the metric cannot give."""
+        low, high = np.maximum(self.low, metric.least), np.minimum(self.high, metric.most)  # NaN stays NaN
+        return Interval(self.value, float(np.minimum(low, self.value)), float(np.maximum(high, self.value)))
+
 
 @dataclass(frozen=True)
 class CrossFit:
@@ -119,11 +129,14 @@ def bootstrap(
         weights: ``(N,)`` non-negative importance of rows, or None. Only for scores that are means over rows.
 
     Returns:
-        ``(C, R)`` float64 scores; differences along the first axis are paired.
+        ``(C, R)`` float64 scores; differences along the first axis are paired. NaN where all rows are of one group:
+        its resamples are all the same, which says nothing of how sure a score is.
     """
     rng = np.random.default_rng(seed)
     _, place = np.unique(groups, return_inverse=True)
     count = int(place.max()) + 1
+    if count == 1:
+        return np.full((len(candidates), reps), np.nan)
     pairs = [row_losses(values, target, metric) for values in candidates]
     if all(pair is not None for pair in pairs):
         reps = int(np.clip(4e8 / count, 100, reps))
@@ -195,5 +208,5 @@ def gain(over: str, mine: Array, theirs: Array, score: tuple[float, float], metr
     draws = draws[np.isfinite(draws)]  # a resample without some class has no such score
     low, high = np.quantile(draws, [0.025, 0.975]) if len(draws) else (np.nan, np.nan)
     # Ties count half: two equal candidates have an even chance, not none.
-    probability = float((draws > 0).mean() + 0.5 * (draws == 0).mean())
+    probability = float((draws > 0).mean() + 0.5 * (draws == 0).mean()) if len(draws) else float("nan")
     return Gain(over, metric.sign * (score[0] - score[1]), float(low), float(high), probability)

@@ -235,7 +235,7 @@ def foresee(
         oof: ``(N, K)`` cross-fitted blended out-of-fold probabilities.
         target: ``(N,)``.
         test_by_fold: per fold, ``(T, K)`` the blend of that fold's models only: as many models as speak in `oof`.
-        spread: standard error of the cross-fitted accuracy (groups and seeds).
+        spread: standard error of the cross-fitted accuracy (groups and seeds); NaN where all rows are of one group.
         distance: from `measure`, to be told with the rest.
         members: ``(M, N, K)`` out-of-fold and, per fold, ``(M, T, K)`` test probabilities; agreement needs two members.
         slope: how much faster accuracy falls than confidence on this data, from `rehearsal.rehearse`.
@@ -299,8 +299,10 @@ def _counted(
     and the hits among the test images from the binomial distribution.
     """
     rng = np.random.default_rng(0)
-    # Without an error (or a hit) the rows do not spread at all: nothing says that they are worth fewer.
-    worth = float(np.clip(accuracy * (1 - accuracy) / spread**2, 1, rows)) if spread > 0 else float(rows)
+    # Without an error (or a hit) the rows do not spread at all: nothing says that they are worth fewer. If all are of
+    # one group (NaN), they are worth one.
+    known = 1.0 if np.isnan(spread) else float(rows)
+    worth = float(np.clip(accuracy * (1 - accuracy) / spread**2, 1, rows)) if spread > 0 else known
     start = ndtri(rng.beta(worth * accuracy + 0.5, worth * (1 - accuracy) + 0.5, draws))
     unseen = rng.standard_normal(draws)
     share = ndtr(start + fall + unseen * np.where(unseen < 0, *blind))

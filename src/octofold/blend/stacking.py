@@ -90,7 +90,8 @@ def classwise_ridge(
         square += columns @ columns.transpose(0, 2, 1)
         np.add.at(overlap, truth, part[:, np.arange(len(truth)), truth].T)
         counts += np.bincount(truth, minlength=classes)
-    scale = (counts / max(counts.sum(), 1)).clip(1e-6) ** power
+    # A class that no row has is rare for all we know, but nothing shows it: it is raised least, not most.
+    scale = (np.where(counts > 0, counts, counts.max()) / counts.sum()) ** power
     ridge = square / scale[:, None, None] ** 2 + alpha * np.eye(count)
     raw = np.linalg.solve(ridge, (overlap / scale[:, None])[..., None])[..., 0].clip(0)
     return [solvers.normalised(row).tolist() for row in raw], scale.tolist()

@@ -18,6 +18,9 @@ from octofold.track import tracking, versions
 
 log = logging.getLogger("octofold")
 
+FEWEST = 10
+"""Groups that both blends predicted, at least: the resamples of fewer say too little of how sure a gain is."""
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -53,7 +56,8 @@ def succeed(
         run: the new blend's run; keeps the decision.
         name: ``<competition>.blend``.
         version: the new one.
-        stage: ``staging`` takes any; ``production`` asks for a separable gain over the version there.
+        stage: ``staging`` takes any; ``production`` asks for a separable gain over the version there,
+            on at least `FEWEST` groups.
         oof: cross-fitted predictions of the new blend.
         rows: the samples behind `oof`, in its order (truth and groups).
         metric: what "better" means.
@@ -68,9 +72,8 @@ def succeed(
     elif stage != "production":
         moved, reason = True, f"{stage} takes any blend"
     else:
-        gain = _gain(name, over, oof, rows, metric, seed)
+        gain, reason = _gain(name, over, oof, rows, metric, seed)
         moved = gain is not None and gain.separable and gain.value > 0
-        reason = str(gain) if gain is not None else f"version {over} has no out-of-fold predictions of these rows"
     if force and not moved:
         moved, reason = True, f"forced: {reason}"
     if moved:
@@ -85,22 +88,29 @@ def succeed(
     return Decision(moved, reason, over, gain)
 
 
-def _gain(name: str, over: int, oof: Predictions, rows: Manifest, metric: Metric, seed: int) -> estimate.Gain | None:
-    """Compare with the blend in place on the rows that both predicted without seeing them."""
+def _gain(
+    name: str, over: int, oof: Predictions, rows: Manifest, metric: Metric, seed: int
+) -> tuple[estimate.Gain | None, str]:
+    """Compare with the blend in place on the rows that both predicted without seeing them; what came of it in words."""
     label = f"version {over}"
+    nothing = f"{label} has no out-of-fold predictions of these rows"
     stored = versions.existing_version(name, over)
     files = tracking.list_artifacts(stored.run_id, "oof")
     if not files:
-        return None
+        return None, nothing
     theirs = Predictions.load(tracking.download(stored.run_id, sorted(files)[0]))
     shared = np.isin(oof.sample_ids, theirs.sample_ids)
     if not shared.any() or set(theirs.classes) != set(oof.classes) or theirs.is_points != oof.is_points:
-        return None
+        return None, nothing
     if not np.array_equal(oof.sample_ids, rows.sample_ids):
         raise UserError(f"blend {name}", expected="out-of-fold rows in the manifest's order", got="another order")
     kept = rows.take(shared)
+    count = len(np.unique(kept.groups))
+    if count < FEWEST:
+        return None, f"not separable from {label}: both predicted {count} of the same groups, and {FEWEST} are needed"
     mine = oof.values[shared]
     other = theirs.reorder(oof.classes).take(kept.sample_ids).values
     draws = estimate.bootstrap([mine, other], kept.target, kept.groups, metric, seed=seed)
     scores = (metric.score(mine, kept.target), metric.score(other, kept.target))
-    return estimate.gain(label, draws[0], draws[1], scores, metric)
+    found = estimate.gain(label, draws[0], draws[1], scores, metric)
+    return found, str(found)

@@ -24,7 +24,9 @@ class Verdict:
         blend: fitted on all rows; what the test images get.
         cross: the same method, each fold blended without having been seen.
         apparent: score on the rows the weights were fitted to; never the headline.
-        score: cross-fitted, with its 95 % interval over groups (and seeds, where there are several).
+        score: cross-fitted, with its 95 % interval over groups (and seeds, where there are several), cut to the
+            metric's range.
+        standard_error: of that score, from the interval before it was cut.
         members: each member's own OOF score.
         gains: over the best single member (chosen without the fold it is scored on) and over the plain mean.
         seed_spread: standard deviation over training seeds of the blended score; NaN with one seed.
@@ -34,14 +36,10 @@ class Verdict:
     cross: CrossFit
     apparent: float
     score: Interval
+    standard_error: float
     members: dict[str, Interval]
     gains: list[Gain]
     seed_spread: float
-
-    @property
-    def standard_error(self) -> float:
-        """Of the cross-fitted score."""
-        return (self.score.high - self.score.low) / 3.92
 
 
 def judge(
@@ -84,13 +82,17 @@ def judge(
     scores = [metric.score(values, target) for values in everyone]
     spread = _seed_spread(blend, per_seed, target, metric)
     widened = 0.0 if np.isnan(spread) else spread / np.sqrt(len(per_seed))
+    score = estimate.interval(scores[0], draws[0], widened)
     first = 1 + len(rivals)
     return Verdict(
         blend=blend,
         cross=cross,
         apparent=metric.score(blend.apply(members), target),
-        score=estimate.interval(scores[0], draws[0], widened),
-        members={name: estimate.interval(scores[first + i], draws[first + i]) for i, name in enumerate(names)},
+        score=score.within(metric),
+        standard_error=score.standard_error,
+        members={
+            name: estimate.interval(scores[first + i], draws[first + i]).within(metric) for i, name in enumerate(names)
+        },
         gains=[
             estimate.gain(name, draws[0], draws[1 + i], (scores[0], scores[1 + i]), metric)
             for i, name in enumerate(rivals)

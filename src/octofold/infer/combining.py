@@ -67,13 +67,19 @@ def _geometric(members: Array, blend: Blend) -> Array:
 
 
 def _rank(members: Array, blend: Blend) -> Array:
-    """Each probability becomes its quantile in that member's OOF column (knots in params), then the mean."""
+    """Each probability becomes its quantile in that member's OOF column (knots in params), then the mean.
+
+    A value that many rows share, such as 0, has many quantiles: the middle one, or a class that nobody names would rank
+    at the top of its own zeros.
+    """
     knots = np.array(blend.params["knots"])  # (M, K, Q)
     level = np.linspace(0, 1, knots.shape[2])
     mean = np.zeros(members.shape[1:])
     for member, share in enumerate(blend.weights[: len(members)]):
         for column in range(members.shape[2]):
-            mean[:, column] += share * np.interp(members[member, :, column], knots[member, column], level)
+            values, own = members[member, :, column], knots[member, column]
+            highest, lowest = np.interp(values, own, level), 1 - np.interp(-values, -own[::-1], level)
+            mean[:, column] += share * (highest + lowest) / 2
     return _rows_to_one(mean + TINY)
 
 

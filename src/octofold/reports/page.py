@@ -139,7 +139,7 @@ def cross_fitted(facts: Facts, blended: Blended, table: dict[str, tuple[float, A
     logged = Interval(*(blended.number(f"oof/{name}{end}") for end in ("", "_low", "_high")))
     if math.isfinite(logged.value) or blended is not facts.main or BLEND not in table:
         return logged
-    return estimate.interval(*table[BLEND])
+    return estimate.interval(*table[BLEND]).within(facts.metric)
 
 
 def leaderboard(facts: Facts, table: dict[str, tuple[float, Array]]) -> list[Line]:
@@ -164,7 +164,7 @@ def leaderboard(facts: Facts, table: dict[str, tuple[float, Array]]) -> list[Lin
             )
         )
     for member in facts.members:
-        score = estimate.interval(*table[member.name]) if member.name in table else None
+        score = estimate.interval(*table[member.name]).within(facts.metric) if member.name in table else None
         folds, seeds = {slot.fold for slot in member.slots}, {slot.seed for slot in member.slots}
         lines.append(
             Line(

@@ -206,15 +206,16 @@ def compare(
     found = [Finding(names[0], float(scores[0].mean()), 0.0, 0.0, 0.0, float("nan"), 0.5, "reference")]
     for arm in range(1, len(names)):
         paired = sign * (draws[arm] - draws[0]).mean(axis=0)  # (R,)
+        paired = paired[np.isfinite(paired)]  # rows of one group have none, nor has a resample without some class
         gains = sign * (scores[arm] - scores[0])  # (S,)
         spread = float(gains.std(ddof=1)) if len(seeds) > 1 else float("nan")
         # Few seeds tell their own spread badly: Student's t, at the tail the interval has for all its looks.
         wide = float(stats.t.ppf(1 - tail, len(seeds) - 1)) if len(seeds) > 1 else 0.0
         extra = wide * spread / np.sqrt(len(seeds)) if len(seeds) > 1 else 0.0
         gain = float(gains.mean())
-        ends = np.quantile(paired - paired.mean(), [tail, 1 - tail])
+        ends = np.quantile(paired - paired.mean(), [tail, 1 - tail]) if len(paired) else (np.nan, np.nan)
         low, high = gain - float(np.hypot(ends[0], extra)), gain + float(np.hypot(ends[1], extra))
-        chance = float((paired > 0).mean() + 0.5 * (paired == 0).mean())
+        chance = float((paired > 0).mean() + 0.5 * (paired == 0).mean()) if len(paired) else float("nan")
         verdict = "better" if low > 0 else "worse" if high < 0 else "not separable"
         found.append(Finding(names[arm], float(scores[arm].mean()), gain, low, high, spread, chance, verdict))
     return found
