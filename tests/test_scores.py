@@ -124,6 +124,19 @@ def test_a_history_read_again_is_brought_up_to_date(tmp_path: Path, mlruns: Path
         assert boards.recorded("photos") == []
 
 
+def test_an_estimate_is_held_only_against_a_board_of_its_own_metric(mlruns: Path) -> None:
+    numbers = {"score/public": 0.4, "estimate/low": 0.8, "estimate/high": 0.9, "estimate/accuracy": 0.85}
+    for metric, own in {"accuracy": {}, "log_loss": {"estimate/log_loss": 0.5}, "mine": {"estimate/mine": 0.1}}.items():
+        with tracking.run("blend", None, "photos", tags={"metric": metric}) as run:
+            run.log_metrics(numbers | own)
+    for asked, expected in {"log_loss": [0.5], "accuracy": [0.85], "own/file.py:mine": [0.1], "brier": []}.items():
+        found = boards.recorded("photos", asked)
+        assert [score.estimate for score in found if score.estimate == score.estimate] == expected
+        assert sum(score.low == score.low for score in found) == len(expected)
+    assert "estimate_error" not in scores.summary(boards.recorded("photos", "brier"))
+    assert [score.estimate for score in boards.recorded("photos")] == [0.85, 0.5, 0.1]
+
+
 def test_blends_are_told_apart(mlruns: Path) -> None:
     for _ in range(2):
         with tracking.run("blend", None, "photos", tags={"submission_file": "submission.csv"}) as run:
