@@ -63,6 +63,7 @@ def test_intervals_are_held_to_account() -> None:
         (HEAD + ",,0.9,0.9,,\n", "submission_file in every row"),
         (HEAD + ",a.csv,0.9,0.9,,\n,a.csv,0.8,0.9,,\n", "two for a.csv"),
         (HEAD + ",a.csv,nan,0.9,,\n", "line 2"),
+        (HEAD + ",a.csv,0.9,0.9,,\n,b.csv,0,87,0,86,,\n", "more in line 3"),
     ],
 )
 def test_bad_histories_are_refused(tmp_path: Path, text: str, words: str) -> None:
