@@ -150,8 +150,8 @@ def test_per_fold_weights_are_each_folds_own() -> None:
     np.testing.assert_allclose(table["3"], blending.fit("lr_mse", probs[:, rows], target[rows]).weights, atol=1e-6)
 
 
-def test_pair_gate_mends_what_only_the_pair_confuses() -> None:
-    """Classes 0 and 1 look alike to the average, and one member can tell them apart by a hair."""
+def hair_world() -> Any:
+    """Classes 0 and 1 look alike to the average of two members, and one can tell them apart by a hair."""
     rng = np.random.default_rng(0)
     target = rng.integers(0, 4, 2000)
     base = np.full((2, 2000, 4), 0.02)
@@ -161,8 +161,11 @@ def test_pair_gate_mends_what_only_the_pair_confuses() -> None:
     base[:, pair, 0], base[:, pair, 1] = 0.47, 0.49
     base[1, pair, 0] += lean
     base[1, pair, 1] -= lean
-    probs = (base / base.sum(axis=2, keepdims=True)).astype(np.float32)
-    fold = np.arange(2000) % 5
+    return (base / base.sum(axis=2, keepdims=True)).astype(np.float32), target, np.arange(2000) % 5
+
+
+def test_pair_gate_mends_what_only_the_pair_confuses() -> None:
+    probs, target, fold = hair_world()
     gated = blending.fit("pair_gate", probs, target, fold)
     plain = blending.fit("simplex", probs, target, fold)
     assert accuracy(gated.apply(probs), target) > accuracy(plain.apply(probs), target) + 0.1
@@ -214,6 +217,16 @@ def test_a_pair_expert_speaks_of_its_pair_alone(method: str) -> None:
     np.testing.assert_allclose(blended[others], before[others], atol=1e-6)
     again = Blend.from_dict(json.loads(json.dumps(blend.to_dict())))
     np.testing.assert_array_equal(again.apply(probs), blended)
+
+
+def test_pair_gate_has_gates_of_its_own_beside_a_trained_pair_expert() -> None:
+    """Its own were fitted on the voters alone, the trained one's on all members."""
+    voters, target, fold = hair_world()
+    probs = np.concatenate([voters, np.full((1, len(target), 4), 0.25, np.float32)])
+    blend = blending.fit("pair_gate", probs, target, fold, experts=[(2, 3)])
+    assert [len(gate["coef"]) for gate in blend.params["experts"]] == [2]
+    alone = blending.fit("pair_gate", voters, target, fold)
+    np.testing.assert_array_equal(blend.apply(probs), alone.apply(voters))
 
 
 def test_an_expert_that_knows_nothing_is_not_heard() -> None:
