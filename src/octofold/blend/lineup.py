@@ -316,6 +316,9 @@ def _own_score(lineup: Lineup, member: int, slot: Slot) -> float:
     if not rows.any():
         return 0.0
     values, target = lineup.oof[member][rows], lineup.rows.target[rows]
+    if sum(other.fold == slot.fold for other in lineup.slots[slot.member]) > 1:  # `oof` is the seeds' average
+        own = slot_oof(slot, lineup.rows, lineup.views).reorder(lineup.rows.classes)
+        values = own.take(lineup.rows.sample_ids[rows]).values
     return point_mse(values, target) ** -1 if values.ndim == 3 else accuracy(values, target)
 
 

@@ -1,0 +1,62 @@
+"""The lineup: who speaks for a member whose fold models differ from the others' in seeds, folds, data or classes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from labelled import CLASSES, make_manifest, make_oof
+from octofold import recipe
+from octofold.blend import lineup
+from octofold.blend.lineup import Lineup
+from octofold.data.manifest import Manifest
+from octofold.metrics import accuracy
+from octofold.nets import models
+from octofold.predictions import Predictions
+from octofold.track import registry, tracking, versions
+
+
+def slot(
+    folder: Path, table: Manifest, member: str, fold: int, seed: int = 0, oof: Predictions | None = None
+) -> registry.Slot:
+    """Register an untrained fold model, in production, with these out-of-fold predictions; none = it stored none."""
+    torch.manual_seed(10 * fold + seed)
+    settings = recipe.Recipe(member=member, model=recipe.Model(name="small_cnn", weights="none", input_size=16))
+    card = models.ModelCard(
+        settings.model_dump(mode="json"), "classify", CLASSES, "world", member, fold, seed,
+        oof.manifest_hash if oof is not None else table.hash,
+    )  # fmt: skip
+    place = folder / f"{member}{fold}{seed}"
+    models.write_model(place / "model", models.build(settings.model, len(CLASSES)), card)
+    with tracking.run("train.slot", None, "world") as run:
+        made = registry.register_slot(run, place / "model")
+        if oof is not None:
+            own = replace(oof, fold=np.full(len(oof.sample_ids), fold), seed=seed, member=member)
+            run.log_artifact(own.save(place / "none.parquet"), "oof")
+    versions.set_alias(made.name, "production", made.version)
+    return made
+
+
+@pytest.fixture
+def world(mlruns: Path, tmp_path: Path) -> tuple[Manifest, Predictions]:
+    """A manifest of five folds, and predictions of its rows that are all right."""
+    table, truth = make_manifest(tmp_path / "world")
+    return table, make_oof(table, truth)
+
+
+def test_seeds_of_a_fold_are_weighed_each_by_its_own_score(world: tuple[Manifest, Predictions], tmp_path: Path) -> None:
+    table, right = world
+    rng = np.random.default_rng(0)
+    halves = replace(right, values=rng.permuted(right.values, axis=1))
+    slots, expected = [], []
+    for fold in (0, 1):
+        held = np.flatnonzero(table.fold == fold)
+        for seed, said in enumerate((right, halves)):
+            slots.append(slot(tmp_path, table, "net", fold, seed, said.take(table.sample_ids[held[::-1]])))
+            expected.append(accuracy(said.values[held], table.target[held]))
+    mean = (right.values + halves.values) / 2
+    [shares] = lineup.shares(Lineup({"net": slots}, mean[None], [], table, "none"), "oof_acc")
+    assert shares[0] > shares[1]
+    np.testing.assert_allclose(shares, np.array(expected) / sum(expected))
