@@ -1,5 +1,6 @@
 """The lineup: who speaks for a member whose fold models differ from the others' in seeds, folds, data or classes."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from octofold.metrics import accuracy
 from octofold.nets import models
 from octofold.predictions import Predictions
 from octofold.track import registry, tracking, versions
+
+OLD = "0" * 64
 
 
 def slot(
@@ -40,8 +43,10 @@ def slot(
 
 
 @pytest.fixture
-def world(mlruns: Path, tmp_path: Path) -> tuple[Manifest, Predictions]:
+def world(mlruns: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Manifest, Predictions]:
     """A manifest of five folds, and predictions of its rows that are all right."""
+    for module in ("blend.lineup", "data.images", "nets.engine"):
+        monkeypatch.setattr(f"octofold.{module}.ROOT", tmp_path)
     table, truth = make_manifest(tmp_path / "world")
     return table, make_oof(table, truth)
 
@@ -60,3 +65,19 @@ def test_seeds_of_a_fold_are_weighed_each_by_its_own_score(world: tuple[Manifest
     [shares] = lineup.shares(Lineup({"net": slots}, mean[None], [], table, "none"), "oof_acc")
     assert shares[0] > shares[1]
     np.testing.assert_allclose(shares, np.array(expected) / sum(expected))
+
+
+def test_seeds_are_told_apart_where_other_data_leave_rows_out(
+    world: tuple[Manifest, Predictions], tmp_path: Path
+) -> None:
+    """The newer member's predictions are made now: its folds are the manifest's, whatever rows are left."""
+    table, right = world
+    old = replace(right, manifest_hash=OLD)
+    for fold, seed in itertools.product(table.folds, (0, 1)):
+        held = table.sample_ids[(table.fold == fold) & (np.arange(len(table.table)) > 0)]
+        slot(tmp_path, table, "new", fold, seed)
+        slot(tmp_path, table, "old", fold, seed, old.take(held))
+    found = lineup.gather("world", "production", [], table, "none", mixed=True)
+    assert found.left_out == 1
+    assert [part.shape for part in found.per_seed] == [found.oof.shape] * 2
+    np.testing.assert_allclose(np.mean(found.per_seed, axis=0), found.oof, atol=1e-6)

@@ -130,7 +130,8 @@ def gather(
     aligned = [whole[name].reorder(manifest.classes).take(rows.sample_ids).values for name in slots]
     left_out = len(manifest.table) - len(rows.table)
     experts = tuple(pairs[name] for name in slots if name in pairs)
-    return Lineup(slots, np.stack(aligned), _per_seed(slots, rows, views, mixed), rows, views, left_out, experts)
+    per_seed = _per_seed(slots, manifest, rows.sample_ids, views, mixed)
+    return Lineup(slots, np.stack(aligned), per_seed, rows, views, left_out, experts)
 
 
 def _check_versions(slots: dict[str, list[Slot]], manifest: Manifest) -> None:
@@ -174,8 +175,10 @@ def _member_oof(slots: Sequence[Slot], manifest: Manifest, views: str, mixed: bo
     return predictions.concatenate([replace(part, seed=None) for part in parts])
 
 
-def _per_seed(slots: dict[str, list[Slot]], rows: Manifest, views: str, mixed: bool) -> list[Array]:
-    """OOF of each seed that all members have on the same folds, as far as it can be had without predicting again."""
+def _per_seed(
+    slots: dict[str, list[Slot]], manifest: Manifest, shared: npt.NDArray[np.str_], views: str, mixed: bool
+) -> list[Array]:
+    """OOF of the shared rows, of each seed that all members have on the same folds, as far as it can be had cheaply."""
     seeds = set.intersection(*({slot.seed for slot in own} for own in slots.values()))
     found = []
     for seed in sorted(seeds) if len(seeds) > 1 else []:
@@ -183,7 +186,7 @@ def _per_seed(slots: dict[str, list[Slot]], rows: Manifest, views: str, mixed: b
         if any({s.fold for s in chosen[name]} != {s.fold for s in slots[name]} for name in slots):
             continue
         whole = [
-            _member_oof(own, rows, views, mixed).reorder(rows.classes).take(rows.sample_ids).values
+            _member_oof(own, manifest, views, mixed).reorder(manifest.classes).take(shared).values
             for own in chosen.values()
         ]
         found.append(np.stack(whole))
