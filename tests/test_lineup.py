@@ -13,6 +13,7 @@ from octofold import recipe
 from octofold.blend import lineup
 from octofold.blend.lineup import Lineup
 from octofold.data.manifest import Manifest
+from octofold.errors import UserError
 from octofold.metrics import accuracy
 from octofold.nets import models
 from octofold.predictions import Predictions
@@ -22,13 +23,21 @@ OLD = "0" * 64
 
 
 def slot(
-    folder: Path, table: Manifest, member: str, fold: int, seed: int = 0, oof: Predictions | None = None
+    folder: Path,
+    table: Manifest,
+    member: str,
+    fold: int,
+    seed: int = 0,
+    oof: Predictions | None = None,
+    classes: tuple[str, ...] = (),
 ) -> registry.Slot:
     """Register an untrained fold model, in production, with these out-of-fold predictions; none = it stored none."""
     torch.manual_seed(10 * fold + seed)
-    settings = recipe.Recipe(member=member, model=recipe.Model(name="small_cnn", weights="none", input_size=16))
+    settings = recipe.Recipe(
+        member=member, model=recipe.Model(name="small_cnn", weights="none", input_size=16), classes=classes
+    )
     card = models.ModelCard(
-        settings.model_dump(mode="json"), "classify", CLASSES, "world", member, fold, seed,
+        settings.model_dump(mode="json"), "classify", table.classes, "world", member, fold, seed,
         oof.manifest_hash if oof is not None else table.hash,
     )  # fmt: skip
     place = folder / f"{member}{fold}{seed}"
@@ -81,3 +90,16 @@ def test_seeds_are_told_apart_where_other_data_leave_rows_out(
     assert found.left_out == 1
     assert [part.shape for part in found.per_seed] == [found.oof.shape] * 2
     np.testing.assert_allclose(np.mean(found.per_seed, axis=0), found.oof, atol=1e-6)
+
+
+def test_a_pair_expert_for_a_class_that_was_renamed_is_refused_in_words(
+    world: tuple[Manifest, Predictions], tmp_path: Path
+) -> None:
+    table, right = world
+    was = replace(table, classes=("yew", *CLASSES[1:]))
+    for fold in table.folds:
+        slot(tmp_path, table, "voter", fold, oof=right.take(table.sample_ids[table.fold == fold]))
+    old = replace(right, manifest_hash=OLD, classes=was.classes)
+    slot(tmp_path, was, "pair", 0, oof=old, classes=("yew", CLASSES[1]))
+    with pytest.raises(UserError, match="'pair'.*(?s:.)*'yew', which it lacks.*(?s:.)*--members"):
+        lineup.gather("world", "production", [], table, "none", mixed=True)

@@ -151,7 +151,7 @@ def _pair(slot: Slot, manifest: Manifest) -> tuple[int, int] | None:
     """The two classes a member was trained on, if its recipe narrowed it to two.
 
     Raises:
-        UserError: it was narrowed to more: nobody knows when it should speak.
+        UserError: it was narrowed to more: nobody knows when it should speak; or to a class that is no more.
     """
     card = read_card(registry.fetch(slot))
     wanted = [name for name in card.recipe.get("classes", []) if name in card.classes]
@@ -161,6 +161,12 @@ def _pair(slot: Slot, manifest: Manifest) -> tuple[int, int] | None:
         raise UserError(
             f"member '{slot.member}'", expected="a member of all classes, or an expert for two of them",
             got=f"one of {len(wanted)}: {preview(wanted)}", fix="leave it out by --members",
+        )  # fmt: skip
+    gone = [name for name in wanted if name not in manifest.classes]
+    if gone:
+        raise UserError(
+            f"member '{slot.member}'", expected="an expert for two classes of this manifest",
+            got=f"'{gone[0]}', which it lacks: {preview(manifest.classes)}", fix="leave it out by --members",
         )  # fmt: skip
     a, b = (manifest.classes.index(name) for name in wanted)
     return min(a, b), max(a, b)
