@@ -34,7 +34,7 @@ def slot(
     """Register an untrained fold model, in production, with these out-of-fold predictions; none = it stored none."""
     torch.manual_seed(10 * fold + seed)
     settings = recipe.Recipe(
-        member=member, model=recipe.Model(name="small_cnn", weights="none", input_size=16), classes=classes
+        member=member, model=recipe.Model(name="small_cnn", weights="none", input_size=16), classes=list(classes)
     )
     card = models.ModelCard(
         settings.model_dump(mode="json"), "classify", table.classes, "world", member, fold, seed,
@@ -103,3 +103,20 @@ def test_a_pair_expert_for_a_class_that_was_renamed_is_refused_in_words(
     slot(tmp_path, was, "pair", 0, oof=old, classes=("yew", CLASSES[1]))
     with pytest.raises(UserError, match="'pair'.*(?s:.)*'yew', which it lacks.*(?s:.)*--members"):
         lineup.gather("world", "production", [], table, "none", mixed=True)
+
+
+def test_members_without_a_common_fold_number_speak_together_by_rank(tmp_path: Path) -> None:
+    table, _ = make_manifest(tmp_path)
+
+    def lined(**folds: tuple[int, ...]) -> Lineup:
+        slots = {
+            name: [registry.Slot("world", name, fold, seed, "", 1, "", "", "", "") for fold in own for seed in (0, 1)]
+            for name, own in folds.items()
+        }
+        return Lineup(slots, np.zeros((2, len(table.table), 3)), [], table, "none")
+
+    said = np.arange(10.0)[:, None, None] * np.ones((1, 4, 3))
+    apart = lineup.by_fold(lined(new=(0, 1, 2), old=(3, 4)), said)
+    assert [part[:, 0, 0].tolist() for part in apart] == [[0.5, 6.5], [2.5, 8.5]]
+    common = lineup.by_fold(lined(new=(0, 1, 2), old=(2, 4)), said)
+    assert [part[:, 0, 0].tolist() for part in common] == [[4.5, 6.5]]

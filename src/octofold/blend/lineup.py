@@ -341,19 +341,22 @@ def bagged(said: Array, parts: Sequence[Array]) -> Array:
     return np.stack(found).astype(np.float32)
 
 
-def by_fold(lineup: Lineup, said: Array) -> dict[int, Array]:
-    """Take fold models apart again: for each fold all members have, ``(M, T, …)``, seeds averaged as in the OOF."""
-    slots = [(place, slot) for place, own in enumerate(lineup.slots.values()) for slot in own]
-    folds = set.intersection(*({slot.fold for slot in own} for own in lineup.slots.values()))
-    return {
-        fold: np.stack(
-            [
-                np.mean([said[row] for row, (m, slot) in enumerate(slots) if m == place and slot.fold == fold], axis=0)
-                for place in range(len(lineup.slots))
-            ]
+def by_fold(lineup: Lineup, said: Array) -> list[Array]:
+    """Take fold models apart again: for each fold all members have, ``(M, T, …)``, seeds averaged as in the OOF.
+
+    Members of other data versions may have no fold number in common. Their numbers mean nothing to each other, and no
+    test image was trained on: then the members' first folds speak together, their second, as far as all have one.
+    """
+    slots = [(place, slot.fold) for place, own in enumerate(lineup.slots.values()) for slot in own]
+    folds = [sorted({slot.fold for slot in own}) for own in lineup.slots.values()]
+    shared = sorted(set.intersection(*map(set, folds)))
+    teams = zip(*([shared] * len(folds) if shared else folds), strict=False)
+    return [
+        np.stack(
+            [np.mean([said[row] for row, slot in enumerate(slots) if slot == one], axis=0) for one in enumerate(team)]
         )
-        for fold in sorted(folds)
-    }
+        for team in teams
+    ]
 
 
 def signed(lineup: Lineup, test: Manifest, values: Array, name: str = "blend") -> Predictions:
