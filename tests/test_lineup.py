@@ -10,10 +10,13 @@ import torch
 
 from labelled import CLASSES, make_manifest, make_oof
 from octofold import recipe
-from octofold.blend import lineup
+from octofold.blend import assembly, lineup
+from octofold.blend.estimate import CrossFit, Interval
 from octofold.blend.lineup import Lineup
+from octofold.blend.verdict import Verdict
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError
+from octofold.infer.combining import Blend
 from octofold.metrics import accuracy
 from octofold.nets import models
 from octofold.predictions import Predictions
@@ -120,3 +123,15 @@ def test_members_without_a_common_fold_number_speak_together_by_rank(tmp_path: P
     assert [part[:, 0, 0].tolist() for part in apart] == [[0.5, 6.5], [2.5, 8.5]]
     common = lineup.by_fold(lined(new=(0, 1, 2), old=(2, 4)), said)
     assert [part[:, 0, 0].tolist() for part in common] == [[4.5, 6.5]]
+
+
+def test_a_gate_of_the_voters_is_not_reported_as_the_experts(tmp_path: Path) -> None:
+    table, _ = make_manifest(tmp_path)
+    lined = Lineup({"one": [], "two": [], "pair": []}, np.zeros(0), [], table, "none", experts=((0, 1),))
+    gate = {"a": 0, "b": 1, "intercept": 0.0, "threshold": 0.5}
+    own, trained = gate | {"coef": [1.0] * 2, "margin": 0.3}, gate | {"coef": [1.0] * 3, "margin": 0.1}
+    for words, gates in {"nowhere": [own], "by at most 0.1": [own, trained]}.items():
+        blend = Blend("pair_gate", "gate", np.array([0.5, 0.5, 0]), {"voters": 2, "experts": gates})
+        none = Interval(0, 0, 0)
+        judged = Verdict(blend, CrossFit(np.zeros(0), []), 0, none, {}, [], 0)
+        assert words in assembly._members_told(lined, judged)[0]
