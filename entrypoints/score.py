@@ -28,8 +28,8 @@ def run(config: Score) -> dict[str, Any]:
             boards.record(config.submission, config.public, config.private, config.notes)
         if config.history is not None:
             boards.import_history(config.history, competition, run)
-        found = boards.recorded(competition)
-        lines = [*scores.told(found, sign), *picks.told(competition)]
+        found = boards.recorded(competition, config.metric)
+        lines = [*scores.told(found, sign), *picks.told(competition, config.metric)]
         numbers = scores.summary(found)
         run.log_text("\n".join(lines) + "\n", "boards.txt")
         run.log_dict([dataclasses.asdict(score) for score in found], "boards.json")

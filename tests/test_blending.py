@@ -255,6 +255,16 @@ def test_a_pair_expert_speaks_of_its_pair_alone(method: str) -> None:
     np.testing.assert_array_equal(again.apply(probs), blended)
 
 
+def test_pair_gate_has_gates_of_its_own_beside_a_trained_pair_expert() -> None:
+    """Its own were fitted on the voters alone, the trained one's on all members."""
+    voters, target, fold = close_pair()
+    probs = np.concatenate([voters, np.full((1, len(target), 4), 0.25, np.float32)])
+    blend = blending.fit("pair_gate", probs, target, fold, experts=[(2, 3)])
+    assert [len(gate["coef"]) for gate in blend.params["experts"]] == [2]
+    alone = blending.fit("pair_gate", voters, target, fold)
+    np.testing.assert_array_equal(blend.apply(probs), alone.apply(voters))
+
+
 def test_an_expert_that_knows_nothing_is_not_heard() -> None:
     probs, target, fold = expert_world()
     probs = probs.copy()

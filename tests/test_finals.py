@@ -70,6 +70,11 @@ def test_a_hedge_errs_elsewhere() -> None:
     assert finals.best_two(finals.Belief(np.array([1.0]), np.eye(1), 0.0)) == (0, 0)
 
 
+def test_where_one_is_far_ahead_the_next_best_goes_with_it() -> None:
+    """No other adds anything to its expectation; the first of them used to be taken, which was the worst here."""
+    assert finals.best_two(finals.Belief(np.array([-0.3, -1.05, -0.55]), 1e-4 * np.eye(3), 0.0)) == (0, 2)
+
+
 def test_the_expected_maximum_is_clarks() -> None:
     """Against a simulation: the pair chosen is the one whose better draw is best."""
     rng = np.random.default_rng(0)

@@ -64,6 +64,12 @@ def test_two_finals_are_chosen_once_the_public_board_has_spoken(
     blend(table, make_oof(table, truth, 1, 0.2), tmp_path, {"score/public": 0.6})
     assert "Two final submissions" in picks.told("world")[0]
     assert picks.told("elsewhere") == []
+    blend(table, make_oof(table, truth, 2, 0.5), tmp_path, {"score/public": 0.3})
+    blend(table, make_oof(table, truth, 3, 0.05), tmp_path, {"score/public": 1.05})
+    assert "1.0500" in picks.told("world")[0]
+    losses = picks.told("world", "log_loss")  # the lowest is the best, whatever the newest blend tried for
+    assert "1.0500" not in losses[0]
+    assert "0.3000" in losses[0]
 
 
 def blend(table: Manifest, oof: Predictions, folder: Path, numbers: dict[str, float]) -> None:

@@ -63,6 +63,7 @@ def test_intervals_are_held_to_account() -> None:
         (HEAD + ",,0.9,0.9,,\n", "submission_file in every row"),
         (HEAD + ",a.csv,0.9,0.9,,\n,a.csv,0.8,0.9,,\n", "two for a.csv"),
         (HEAD + ",a.csv,nan,0.9,,\n", "line 2"),
+        (HEAD + ",a.csv,0.9,0.9,,\n,b.csv,0,87,0,86,,\n", "more in line 3"),
     ],
 )
 def test_bad_histories_are_refused(tmp_path: Path, text: str, words: str) -> None:
@@ -122,6 +123,19 @@ def test_a_history_read_again_is_brought_up_to_date(tmp_path: Path, mlruns: Path
         assert found[0].private != found[0].private, "the score that the file no longer has"
         boards.import_history(history(tmp_path, HEAD + "2026-01-02,a.csv,,,stack,\n"), "photos", run)
         assert boards.recorded("photos") == []
+
+
+def test_an_estimate_is_held_only_against_a_board_of_its_own_metric(mlruns: Path) -> None:
+    numbers = {"score/public": 0.4, "estimate/low": 0.8, "estimate/high": 0.9, "estimate/accuracy": 0.85}
+    for metric, own in {"accuracy": {}, "log_loss": {"estimate/log_loss": 0.5}, "mine": {"estimate/mine": 0.1}}.items():
+        with tracking.run("blend", None, "photos", tags={"metric": metric}) as run:
+            run.log_metrics(numbers | own)
+    for asked, expected in {"log_loss": [0.5], "accuracy": [0.85], "own/file.py:mine": [0.1], "brier": []}.items():
+        found = boards.recorded("photos", asked)
+        assert [score.estimate for score in found if score.estimate == score.estimate] == expected
+        assert sum(score.low == score.low for score in found) == len(expected)
+    assert "estimate_error" not in scores.summary(boards.recorded("photos", "brier"))
+    assert [score.estimate for score in boards.recorded("photos")] == [0.85, 0.5, 0.1]
 
 
 def test_blends_are_told_apart(mlruns: Path) -> None:

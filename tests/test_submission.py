@@ -64,6 +64,14 @@ def test_labels_with_leading_zeros_are_written_as_they_were_read(tmp_path: Path)
     assert row[["01", "02", "10"]].tolist() == pytest.approx([0.1, 0.2, 0.7])
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+def test_cells_are_separated_as_in_the_sample(tmp_path: Path, separator: str) -> None:
+    rows = ['"image"', "label"], ["a.jpg", "x"], ["b.jpg", "x"]
+    sample = "\ufeff" + "\r\n".join(map(separator.join, rows))
+    path = submission.write(predicted(), toy_set(tmp_path, sample), tmp_path / "submission.csv", "int")
+    assert path.read_text() == "image,label\na.jpg,1\nb.jpg,10\n".replace(",", separator)
+
+
 def test_without_a_sample_every_name_gets_a_row(tmp_path: Path) -> None:
     path = submission.write(predicted(), toy_set(tmp_path, None), tmp_path / "submission.csv")
     assert sorted(pd.read_csv(path)["image"]) == ["a.jpg", "b.jpg", "c.jpg", "copy of a.jpg"]

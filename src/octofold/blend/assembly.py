@@ -102,7 +102,11 @@ def _submit(
 def _members_told(members: Lineup, judged: Verdict) -> list[str]:
     lines = []
     for name, (a, b) in zip(members.names[members.voters :], members.experts, strict=True):
-        gates = [gate for gate in judged.blend.params.get("experts", []) if (gate["a"], gate["b"]) == (a, b)]
+        gates = [
+            gate
+            for gate in judged.blend.params.get("experts", [])
+            if (gate["a"], gate["b"], len(gate["coef"])) == (a, b, len(members.names))  # `pair_gate`'s own: voters only
+        ]
         pair = f"{members.rows.classes[a]} and {members.rows.classes[b]}"
         where = f"where they lead by at most {gates[0]['margin']:g}" if gates else "nowhere: it helps too little"
         lines.append(f"Expert {name} for {pair} is heard {where}.")

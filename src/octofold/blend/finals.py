@@ -106,11 +106,15 @@ def _posterior(prior: Array, apart: Array, noise: Array, seen: Array, known: Arr
 
 
 def best_two(belief: Belief) -> tuple[int, int]:
-    """The pair with the best expected maximum (Clark 1961), the better mean first; equal if there is only one."""
+    """The pair with the best expected maximum (Clark 1961), the better mean first; equal if there is only one.
+
+    Where one is far ahead no other adds anything, not even the worst: then the next best mean goes with it.
+    """
     mean, own = belief.mean, np.diag(belief.cov)
     apart = np.sqrt((own[:, None] + own[None] - 2 * belief.cov).clip(1e-18))
     ahead = (mean[:, None] - mean[None]) / apart
     either = mean[:, None] * norm.cdf(ahead) + mean[None] * norm.cdf(-ahead) + apart * norm.pdf(ahead)
     np.fill_diagonal(either, -np.inf if len(mean) > 1 else 0.0)
-    one, other = divmod(int(either.argmax()), len(mean))
+    level = either >= either.max() - 1e-6 * apart.max()
+    one, other = divmod(int(np.where(level, mean[:, None] + mean[None], -np.inf).argmax()), len(mean))
     return (one, other) if mean[one] >= mean[other] else (other, one)

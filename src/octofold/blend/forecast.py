@@ -78,7 +78,7 @@ class Forecast:
 
 def forecast(judged: Verdict, members: Lineup, said: Spoken, near: Near | None, name: str, seed: int = 0) -> Forecast:
     """Estimate the accuracy on the test images themselves, and from it whatever metric is asked for."""
-    parts = list(lineup.by_fold(members, said.votes).values())
+    parts = lineup.by_fold(members, said.votes)
     folds = [judged.blend.apply(part) for part in parts]
     error = judged.standard_error
     if name != "accuracy":

@@ -130,7 +130,8 @@ def gather(
     aligned = [whole[name].reorder(manifest.classes).take(rows.sample_ids).values for name in slots]
     left_out = len(manifest.table) - len(rows.table)
     experts = tuple(pairs[name] for name in slots if name in pairs)
-    return Lineup(slots, np.stack(aligned), _per_seed(slots, rows, views, mixed), rows, views, left_out, experts)
+    per_seed = _per_seed(slots, manifest, rows.sample_ids, views, mixed)
+    return Lineup(slots, np.stack(aligned), per_seed, rows, views, left_out, experts)
 
 
 def _check_versions(slots: dict[str, list[Slot]], manifest: Manifest) -> None:
@@ -150,7 +151,7 @@ def _pair(slot: Slot, manifest: Manifest) -> tuple[int, int] | None:
     """The two classes a member was trained on, if its recipe narrowed it to two.
 
     Raises:
-        UserError: it was narrowed to more: nobody knows when it should speak.
+        UserError: it was narrowed to more: nobody knows when it should speak; or to a class that is no more.
     """
     card = read_card(registry.fetch(slot))
     wanted = [name for name in card.recipe.get("classes", []) if name in card.classes]
@@ -160,6 +161,12 @@ def _pair(slot: Slot, manifest: Manifest) -> tuple[int, int] | None:
         raise UserError(
             f"member '{slot.member}'", expected="a member of all classes, or an expert for two of them",
             got=f"one of {len(wanted)}: {preview(wanted)}", fix="leave it out by --members",
+        )  # fmt: skip
+    gone = [name for name in wanted if name not in manifest.classes]
+    if gone:
+        raise UserError(
+            f"member '{slot.member}'", expected="an expert for two classes of this manifest",
+            got=f"'{gone[0]}', which it lacks: {preview(manifest.classes)}", fix="leave it out by --members",
         )  # fmt: skip
     a, b = (manifest.classes.index(name) for name in wanted)
     return min(a, b), max(a, b)
@@ -174,8 +181,10 @@ def _member_oof(slots: Sequence[Slot], manifest: Manifest, views: str, mixed: bo
     return predictions.concatenate([replace(part, seed=None) for part in parts])
 
 
-def _per_seed(slots: dict[str, list[Slot]], rows: Manifest, views: str, mixed: bool) -> list[Array]:
-    """OOF of each seed that all members have on the same folds, as far as it can be had without predicting again."""
+def _per_seed(
+    slots: dict[str, list[Slot]], manifest: Manifest, shared: npt.NDArray[np.str_], views: str, mixed: bool
+) -> list[Array]:
+    """OOF of the shared rows, of each seed that all members have on the same folds, as far as it can be had cheaply."""
     seeds = set.intersection(*({slot.seed for slot in own} for own in slots.values()))
     found = []
     for seed in sorted(seeds) if len(seeds) > 1 else []:
@@ -183,7 +192,7 @@ def _per_seed(slots: dict[str, list[Slot]], rows: Manifest, views: str, mixed: b
         if any({s.fold for s in chosen[name]} != {s.fold for s in slots[name]} for name in slots):
             continue
         whole = [
-            _member_oof(own, rows, views, mixed).reorder(rows.classes).take(rows.sample_ids).values
+            _member_oof(own, manifest, views, mixed).reorder(manifest.classes).take(shared).values
             for own in chosen.values()
         ]
         found.append(np.stack(whole))
@@ -316,6 +325,9 @@ def _own_score(lineup: Lineup, member: int, slot: Slot) -> float:
     if not rows.any():
         return 0.0
     values, target = lineup.oof[member][rows], lineup.rows.target[rows]
+    if sum(other.fold == slot.fold for other in lineup.slots[slot.member]) > 1:  # `oof` is the seeds' average
+        own = slot_oof(slot, lineup.rows, lineup.views).reorder(lineup.rows.classes)
+        values = own.take(lineup.rows.sample_ids[rows]).values
     return point_mse(values, target) ** -1 if values.ndim == 3 else accuracy(values, target)
 
 
@@ -329,19 +341,22 @@ def bagged(said: Array, parts: Sequence[Array]) -> Array:
     return np.stack(found).astype(np.float32)
 
 
-def by_fold(lineup: Lineup, said: Array) -> dict[int, Array]:
-    """Take fold models apart again: for each fold all members have, ``(M, T, …)``, seeds averaged as in the OOF."""
-    slots = [(place, slot) for place, own in enumerate(lineup.slots.values()) for slot in own]
-    folds = set.intersection(*({slot.fold for slot in own} for own in lineup.slots.values()))
-    return {
-        fold: np.stack(
-            [
-                np.mean([said[row] for row, (m, slot) in enumerate(slots) if m == place and slot.fold == fold], axis=0)
-                for place in range(len(lineup.slots))
-            ]
+def by_fold(lineup: Lineup, said: Array) -> list[Array]:
+    """Take fold models apart again: for each fold all members have, ``(M, T, …)``, seeds averaged as in the OOF.
+
+    Members of other data versions may have no fold number in common. Their numbers mean nothing to each other, and no
+    test image was trained on: then the members' first folds speak together, their second, as far as all have one.
+    """
+    slots = [(place, slot.fold) for place, own in enumerate(lineup.slots.values()) for slot in own]
+    folds = [sorted({slot.fold for slot in own}) for own in lineup.slots.values()]
+    shared = sorted(set.intersection(*map(set, folds)))
+    teams = zip(*([shared] * len(folds) if shared else folds), strict=False)
+    return [
+        np.stack(
+            [np.mean([said[row] for row, slot in enumerate(slots) if slot == one], axis=0) for one in enumerate(team)]
         )
-        for fold in sorted(folds)
-    }
+        for team in teams
+    ]
 
 
 def signed(lineup: Lineup, test: Manifest, values: Array, name: str = "blend") -> Predictions:

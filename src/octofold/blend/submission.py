@@ -1,5 +1,6 @@
 """Submissions: predictions written in the sample submission's rows and columns, and checked against it row by row."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def write(predictions: Predictions, test: Manifest, path: Path | str, label_type
     """
     path = Path(path)
     rows = row_names(test)
-    order, columns, source = _wanted(test, rows)
+    order, columns, source, separator = _wanted(test, rows)
     missing = [name for name in order if name not in rows]
     if missing:
         raise UserError(
@@ -50,8 +51,8 @@ def write(predictions: Predictions, test: Manifest, path: Path | str, label_type
     values = speaks.values[[place[rows[name]] for name in order]]  # one content under two names: two equal rows
     table = pd.DataFrame(_columns(values, speaks.classes, test, columns, order, label_type), columns=columns)
     with atomic(path) as temporary:
-        table.to_csv(temporary, index=False, lineterminator="\n", float_format="%.7g")
-        _check(temporary, order, columns, test, source)
+        table.to_csv(temporary, sep=separator, index=False, lineterminator="\n", float_format="%.7g")
+        _check(temporary, order, columns, test, source, separator)
     return path
 
 
@@ -72,15 +73,20 @@ def row_names(test: Manifest) -> dict[str, str]:
     return found
 
 
-def _wanted(test: Manifest, rows: dict[str, str]) -> tuple[list[str], list[str], object]:
-    """The submission's row names in order, its columns, and where that was read."""
+def _wanted(test: Manifest, rows: dict[str, str]) -> tuple[list[str], list[str], object, str]:
+    """The submission's row names in order, its columns, where that was read, and what separates its cells."""
     sample = test.info.get("sample_submission")
     if not sample and test.info.get("style") == landmarks.STYLE:
         asked = len(_asked(test)[next(iter(rows))])
-        return list(rows), [str(test.info["image_column"]), *landmarks.columns(asked)], test.file or "test manifest"
+        return (
+            list(rows),
+            [str(test.info["image_column"]), *landmarks.columns(asked)],
+            test.file or "test manifest",
+            ",",
+        )
     if not sample:
         label = [f"{p}{s}" for p in test.classes for s in _suffixes(test)] if test.task == "keypoints" else ["label"]
-        return list(rows), ["image", *label], test.file or "test manifest"
+        return list(rows), ["image", *label], test.file or "test manifest", ","
     beside = test.file.parent / str(sample) if test.file else Path(str(sample))
     path = existing(beside, "the sample submission (CSV)", "run prepare again with --sample_submission")
     try:
@@ -93,7 +99,16 @@ def _wanted(test: Manifest, rows: dict[str, str]) -> tuple[list[str], list[str],
     repeated = table[key][table[key].duplicated()]
     if len(repeated):
         raise UserError(path, expected=f"each id of '{key}' once", got=f"two rows for {preview(repeated)}")
-    return table[key].tolist(), [str(name) for name in table.columns], path
+    columns = [str(name) for name in table.columns]
+    return table[key].tolist(), columns, path, _separator(path, columns)
+
+
+def _separator(path: Path, columns: list[str]) -> str:
+    """What gives a sample's first line these columns; pandas finds it out, but does not tell."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        for line in filter(str.strip, file):
+            return next((one for one in ",;\t| " if next(csv.reader([line], delimiter=one)) == columns), ",")
+    return ","
 
 
 def _asked(test: Manifest) -> dict[str, list[int]]:
@@ -145,9 +160,9 @@ def _columns(
     return filled
 
 
-def _check(path: Path, order: list[str], columns: list[str], test: Manifest, source: object) -> None:
+def _check(path: Path, order: list[str], columns: list[str], test: Manifest, source: object, separator: str) -> None:
     """Read the written file back as a stranger would and hold it against the sample."""
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
     where = f"the submission against {source}"
     if list(table.columns) != columns:
         raise UserError(where, expected=f"columns {columns}", got=str(list(table.columns)))

@@ -115,14 +115,15 @@ def apply_expert(base: Array, members: Array, expert: dict[str, Any]) -> Array:
     Args:
         base: ``(N, K)`` blended probabilities.
         members: ``(M, N, K)``.
-        expert: ``a, b`` class indices; ``coef (M,), intercept`` of a logistic model on the members' log-odds of a
-            against b; ``margin``, ``threshold``.
+        expert: ``a, b`` class indices; ``coef, intercept`` of a logistic model on the log-odds of a against b of the
+            members it was fitted on: all, or (`pair_gate`) the voters, which come first; ``margin``, ``threshold``.
     """
     a, b = expert["a"], expert["b"]
     order = np.argsort(base, axis=1)[:, -2:]
     first, second = (np.take_along_axis(base, order[:, i : i + 1], 1)[:, 0] for i in (1, 0))
     called = (np.sort(order, axis=1) == sorted((a, b))).all(axis=1) & (first - second <= expert["margin"])
-    says_a = pair_odds(members[:, called], a, b).T @ np.array(expert["coef"]) + expert["intercept"]
+    coef = np.array(expert["coef"])
+    says_a = pair_odds(members[: len(coef), called], a, b).T @ coef + expert["intercept"]
     chance = 1 / (1 + np.exp(-says_a.clip(-30, 30)))
     # Shift the odds so that the chosen threshold is the even point: the label flips exactly where it should.
     cut = min(max(expert["threshold"], 1e-3), 1 - 1e-3)

@@ -97,9 +97,14 @@ def _renew(info: tracking.RunInfo, numbers: dict[str, float], tags: dict[str, st
             tracking.client().set_tag(info.id, key, text)
 
 
-def recorded(competition: str) -> list[Score]:
-    """Return every submission of a competition that a board has spoken of, oldest first."""
-    found = [_score(info) for info in reversed(tracking.find_runs(competition))]
+def recorded(competition: str, metric: str = "") -> list[Score]:
+    """Return every submission of a competition that a board has spoken of, oldest first.
+
+    Args:
+        competition: name of the problem.
+        metric: of the board: an estimate in another one is left out. Empty = each blend's own.
+    """
+    found = [_score(info, metric) for info in reversed(tracking.find_runs(competition))]
     return [score for score in found if math.isfinite(score.public) or math.isfinite(score.private)]
 
 
@@ -129,12 +134,15 @@ def _task(competition: str) -> str:
     return manifest.read(file).task if file.exists() else ""
 
 
-def _score(info: Any) -> Score:
+def _score(info: Any, metric: str = "") -> Score:
     def number(name: str) -> float:
         return float(info.metrics.get(name, math.nan))
 
     judged_by = [f"estimate/{name}" for name in (info.tags.get("metric", "accuracy"), "accuracy", "mse")]
-    is_forecast = info.tags.get("estimate.of") != "oof"  # else it was never meant for the test images
+    key = next((name for name in judged_by if name in info.metrics), "")
+    is_comparable = not metric or key == f"estimate/{metric.rpartition(':')[2]}"  # a user's own goes by its function
+    # One of `oof` was never meant for the test images.
+    is_forecast = bool(key) and is_comparable and info.tags.get("estimate.of") != "oof"
     name, date = info.tags.get("submission_file", info.name), info.tags.get("score.date", "")
     if info.tags.get("entry") == "blend":  # every blend writes a submission.csv
         name, date = f"{name} of {info.id[:8]}", date or f"{datetime.fromtimestamp(info.start_time / 1000):%Y-%m-%d}"
@@ -142,7 +150,7 @@ def _score(info: Any) -> Score:
         submission=name,
         public=number(PUBLIC),
         private=number(PRIVATE),
-        estimate=next((number(key) for key in judged_by if key in info.metrics and is_forecast), math.nan),
+        estimate=number(key) if is_forecast else math.nan,
         low=number("estimate/low") if is_forecast else math.nan,
         high=number("estimate/high") if is_forecast else math.nan,
         date=date,

@@ -16,11 +16,14 @@ from octofold.reports.chronicle import Blended
 MOST = 30  # blends, the newest
 
 
-def told(competition: str) -> list[str]:
+def told(competition: str, metric: str = "") -> list[str]:
     """Choose two among a competition's blends by out-of-fold and public scores, in words; nothing to choose, no words.
 
-    Candidates are the newest blends of the present manifest whose out-of-fold predictions are kept. They are compared
-    in the newest one's metric.
+    Candidates are the newest blends of the present manifest whose out-of-fold predictions are kept.
+
+    Args:
+        competition: name of the problem.
+        metric: of the board; empty = the newest candidate's.
     """
     file = ROOT / "data" / competition / "manifest.csv"
     if not file.exists():
@@ -33,21 +36,20 @@ def told(competition: str) -> list[str]:
     if len(oofs) < 2 or not np.isfinite(public).any() or test is None:
         return []
     newest = oofs[-1][0]
+    wanted = metric or newest.settings.get("metric") or ("accuracy" if table.task == "classify" else "mse")
     try:
-        metric = METRICS[
-            adopt(newest.settings.get("metric") or ("accuracy" if table.task == "classify" else "mse"), table.task)
-        ]
+        judge = METRICS[adopt(wanted, table.task)]
     except UserError:  # the file of the user's own metric is gone
         return []
     belief = finals.believe(
-        [oof.values for _, oof in oofs], table.target, table.groups, metric, public, len(test.table),
+        [oof.values for _, oof in oofs], table.target, table.groups, judge, public, len(test.table),
         float(newest.settings.get("public_share", 0.3)),
     )  # fmt: skip
     if belief is None:
         return []
     one, other = finals.best_two(belief)
     names = [_name(blended) for blended, _ in oofs]
-    best = int(np.nanargmax(metric.sign * public))
+    best = int(np.nanargmax(judge.sign * public))
     lines = [f"Two final submissions, by out-of-fold and public scores together: {names[one]}, {names[other]}."]
     if best not in (one, other):
         lines.append(f"Not the best public score ({names[best]}): on so few images it is luck more than merit.")

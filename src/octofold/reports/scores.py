@@ -43,8 +43,8 @@ def read_history(path: Path | str) -> list[Score]:
     """Read a CSV of past submissions.
 
     Raises:
-        UserError: no file, not UTF-8, missing columns, a score that is no number, or one file named twice with
-            different scores.
+        UserError: no file, not UTF-8, missing columns, more cells than columns, a score that is no number, or one file
+            named twice with different scores.
     """
     path = existing(path, "a CSV of past submissions")
     try:
@@ -58,6 +58,11 @@ def read_history(path: Path | str) -> list[Score]:
         raise UserError(path, expected=f"columns {', '.join(COLUMNS)}", got=f"no {preview(missing)}")
     found: dict[str, Score] = {}
     for line, row in enumerate(rows, start=2):
+        if None in row:  # where DictReader puts what is beyond the header: 0,87 without quotes is a 0 and an 87
+            raise UserError(
+                path, expected="as many cells as the header", got=f"more in line {line}",
+                fix="quote cells that hold a comma",
+            )  # fmt: skip
         score = Score(
             submission=(row["submission_file"] or "").strip(),
             public=_number(row["public_score"], path, line),
