@@ -235,6 +235,32 @@ def test_two_machines_that_join_at_once(
     assert shards.run(crew, source, how, 2, 1, progress=False) is None
 
 
+@pytest.mark.parametrize("moment", ["while the last part is made", "while the parts are joined"])
+def test_an_equal_command_that_is_done_first_costs_nobody_the_result(
+    crew: ensemble.Ensemble, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    monkeypatch.setattr(shards, "ROOT", tmp_path)
+    source, how = looks.find(folder), How("none", 4)
+    cut = shards.plan(crew, source, how, 2)
+    shards.make(crew, cut, how, 0)
+    where, name = (Predictions, "load") if moment.endswith("joined") else (shards, "_one")
+    real = getattr(where, name)
+
+    def late(*arguments: Any) -> Any:
+        monkeypatch.setattr(where, name, real)
+        other = shards.run(crew, source, how, 2, progress=False)
+        assert other is not None
+        shards.clear(other)
+        return real(*arguments)
+
+    monkeypatch.setattr(where, name, late)
+    found = shards.run(crew, source, how, 2, progress=False)
+    assert found is not None
+    assert len(found.files) == 8
+    shards.clear(found)
+    assert not list((tmp_path / "mlruns").rglob("part-*"))
+
+
 def test_nothing_readable_is_an_error(crew: ensemble.Ensemble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "ROOT", tmp_path)
     (tmp_path / "in").mkdir()
