@@ -68,6 +68,21 @@ def test_a_blend_on_disk_says_what_its_parts_say(whole: Path, tmp_path: Path) ->
     np.testing.assert_allclose(blended, expected, atol=1e-6)
 
 
+def test_a_blend_is_found_from_any_folder_above_it_and_never_taken_apart(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "dl" / "model" / "artifacts" / "blend")
+    for place in ("dl", "dl/model", "dl/model/artifacts", "dl/model/artifacts/blend"):
+        crew = ensemble.load(tmp_path / place)
+        assert (crew.name, crew.views) == ("tiny.blend", "geo4")
+        assert crew.combine is not None
+    checkpoint(tmp_path / "dl" / "other", 0)
+    with pytest.raises(UserError, match="artifacts/blend, and 1 models beside"):
+        ensemble.load(tmp_path / "dl")
+    shutil.rmtree(tmp_path / "dl" / "other")
+    shutil.copytree(whole, tmp_path / "dl" / "second")
+    with pytest.raises(UserError, match="expected: one blend"):
+        ensemble.load(tmp_path / "dl")
+
+
 def test_class_wise_rules_keep_the_order_they_were_fitted_in(mlruns: Path, tmp_path: Path) -> None:
     slots, order = {"small": [slot(tmp_path, "small", 0)]}, (*CLASSES[1:], CLASSES[0])
     blend = Blend("equal", "linear", np.array([1.0]))
