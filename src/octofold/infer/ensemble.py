@@ -103,6 +103,11 @@ class Ensemble:
         return str(self.about.get("manifest_hash") or self.voices[0].card.manifest_hash)
 
     @property
+    def trained_on(self) -> list[str]:
+        """The manifest hashes of everything a voice trained on: a blend's members may have seen several versions."""
+        return sorted({voice.card.manifest_hash for voice in self.voices})
+
+    @property
     def model_sha(self) -> str:
         """One name for all the weights."""
         return bag_sha([voice.card.model_sha for voice in self.voices])

@@ -173,6 +173,7 @@ def _one(ensemble: Ensemble, items: Sequence[Item], how: How, total: int, bar: "
         skipped += batch.skipped
         if bar is not None:
             bar.update(len(batch.items) + len(batch.skipped))
+    about = {"precision": how.precision, "early_exit": how.early_exit, "trained_on": ensemble.trained_on}
     points = ensemble.task == "keypoints"
     empty = np.zeros((0, len(ensemble.classes), 2) if points else (0, len(ensemble.classes)), np.float32)
     return Predictions(
@@ -184,7 +185,7 @@ def _one(ensemble: Ensemble, items: Sequence[Item], how: How, total: int, bar: "
         model_sha=ensemble.model_sha,
         views=how.views,
         seed=ensemble.seed,
-        extra={"precision": how.precision, "early_exit": how.early_exit, "files": files, "skipped": skipped},
+        extra={**about, "files": files, "skipped": skipped},
     )
 
 
