@@ -22,7 +22,8 @@ def find_images(folder: Path) -> list[Path]:
 def left_out(folder: Path) -> list[tuple[str, str]]:
     """What `find_images` passes over and should not without a word: ``(path relative to folder, why)``, sorted."""
     found: list[tuple[Path, str]] = []
-    for place, folders, files in _walk(folder):
+    closed: list[OSError] = []
+    for place, folders, files in _walk(folder, closed):
         linked = [name for name in folders if os.path.islink(os.path.join(place, name))]
         found += [(Path(place, name), "a link to a folder: not followed") for name in linked]
         named = [name for name in files if name.lower().endswith(SUFFIXES)]
@@ -30,6 +31,7 @@ def left_out(folder: Path) -> list[tuple[str, str]]:
         found += [(Path(place, name), "a name that is not UTF-8: rename it") for name in bad]
         other = [name for name in files if Path(name).suffix and not name.lower().endswith(SUFFIXES + COMPANIONS)]
         found += [(Path(place, name), f"'{Path(name).suffix}' is no suffix of images that we read") for name in other]
+    found += [(Path(error.filename), error.strerror or str(error)) for error in closed]
     return sorted((_told(path.relative_to(folder).as_posix()), why) for path, why in found)
 
 
@@ -44,12 +46,21 @@ def _told(name: str) -> str:
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuse a folder with linked folders in it, where all of its images count: a whole class may be behind one.
+    """Refuse a folder with linked or closed folders in it, where all of its images count: they may hold a whole class.
 
     Raises:
         UserError: there are some.
     """
-    linked = [name for name, _ in left_out(folder) if (folder / name).is_dir()]
+    unseen = [(name, why) for name, why in left_out(folder) if (folder / name).is_dir()]
+    linked = [name for name, _ in unseen if (folder / name).is_symlink()]
+    closed = [f"{name} ({why})" for name, why in unseen if name not in linked]
+    if closed:
+        raise UserError(
+            folder,
+            expected="folders that may be opened",
+            got=f"{len(closed)} that may not: {preview(closed)}",
+            fix="let this user read and enter them (chmod u+rx), or move them away",
+        )
     if linked:
         raise UserError(
             folder,
@@ -59,8 +70,8 @@ def refuse_links(folder: Path) -> None:
         )
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """`os.walk` without what is hidden (``.name``, ``__MACOSX``)."""
-    for place, folders, files in os.walk(folder):
+def _walk(folder: Path, closed: list[OSError] | None = None) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` without what is hidden (``.name``, ``__MACOSX``); `closed` takes what hindered opening a folder."""
+    for place, folders, files in os.walk(folder, onerror=None if closed is None else closed.append):
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
         yield place, folders, [name for name in files if not name.startswith(".")]

@@ -39,7 +39,7 @@ class Source:
     items: list[Item]
     where: Path
     is_manifest: bool
-    left_out: Sequence["Skipped"] = ()  # files in the folder that are no images by their names, and linked folders
+    left_out: Sequence["Skipped"] = ()  # files that are no images by their names, and folders not entered
 
 
 def find(images: Path | str) -> Source:
@@ -53,7 +53,8 @@ def find(images: Path | str) -> Source:
         items = [Item(file.relative_to(path).as_posix(), file) for file in find_images(path)]
         other = [Skipped(*found) for found in left_out(path)]
         if not items:
-            got = f"none, but {len(other)} others: {preview(one.name for one in other)}" if other else "none"
+            named = preview(f"{one.name} ({one.reason})" for one in other)
+            got = f"none, but {len(other)} others: {named}" if other else "none"
             raise UserError(path, expected=f"images ({', '.join(SUFFIXES)}) in it or below", got=got)
         return Source(items, path, False, other)
     if path.suffix.lower() == ".csv":
