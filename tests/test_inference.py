@@ -295,6 +295,29 @@ def test_results_by_file_and_sorted_copies(
             results.check_sorting(task, source, target)
 
 
+def test_a_folder_holds_what_its_last_job_found(
+    crew: ensemble.Ensemble, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "ROOT", tmp_path)
+    some = shards.run(crew, looks.find(folder), How("none"), progress=False)
+    none = shards.run(crew, looks.find(photos(tmp_path / "fine", 3)[0].parent), How("none"), progress=False)
+    assert some is not None
+    assert none is not None
+    out, exact = tmp_path / "out", {"predictions.csv", "predictions.parquet"}
+    for write, result, files in (
+        (results.write, some, {*exact, "skipped.csv"}),
+        (results.write, none, exact),
+        (results.write_labels, some, {"labels.csv", "skipped.csv"}),
+        (results.write_labels, none, {"labels.csv"}),
+        (results.write, some, {*exact, "skipped.csv"}),
+    ):
+        paths = write(result, out)
+        assert {path.name for path in out.iterdir()} == {Path(path).name for path in paths.values()} == files
+    (out / "labels.csv").write_text("file,label\nphoto 0.jpg,red\n")  # the user's own
+    results.write(none, out)
+    assert (out / "labels.csv").read_text() == "file,label\nphoto 0.jpg,red\n"
+
+
 @pytest.mark.parametrize(
     ("classes", "expected"),
     [

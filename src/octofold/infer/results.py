@@ -12,6 +12,8 @@ from octofold.files import atomic
 from octofold.infer.looks import Source
 from octofold.infer.shards import Result, rows
 
+_LABELS = ["file", "sample_id", "predicted"]
+_SKIPPED = ["file", "reason"]
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
 
 
@@ -36,18 +38,42 @@ def write(result: Result, folder: Path) -> dict[str, str]:
             for name, one, values in rows(result)
         )
     _write_csv(folder / "predictions.csv", header, lines)
-    if result.skipped:
-        _write_csv(folder / "skipped.csv", ["file", "reason"], result.skipped)
-        paths["skipped_csv"] = str(folder / "skipped.csv")
-    return paths
+    if _is_ours(folder / "labels.csv", _LABELS):
+        (folder / "labels.csv").unlink()
+    return paths | _write_skipped(result, folder)
 
 
 def write_labels(result: Result, folder: Path) -> dict[str, str]:
-    """Write ``labels.csv``, a row per file: what remains of a fast job, whose probabilities are not to be blended."""
+    """Write ``labels.csv``, a row per file: what remains of a fast job, whose probabilities are not to be blended.
+
+    Where files were skipped, ``skipped.csv`` too, as `write` does.
+    """
     said = result.predictions
     lines = ([name, one, said.classes[values.argmax()]] for name, one, values in rows(result))
-    _write_csv(folder / "labels.csv", ["file", "sample_id", "predicted"], lines)
-    return {"labels": str(folder / "labels.csv")}
+    _write_csv(folder / "labels.csv", _LABELS, lines)
+    if _is_ours(folder / "predictions.csv", ["file", "sample_id"]):
+        for name in ("predictions.csv", "predictions.parquet"):
+            (folder / name).unlink(missing_ok=True)
+    return {"labels": str(folder / "labels.csv")} | _write_skipped(result, folder)
+
+
+def _write_skipped(result: Result, folder: Path) -> dict[str, str]:
+    """Write ``skipped.csv``, or remove an earlier job's: what lies in a folder is what its last job found."""
+    path = folder / "skipped.csv"
+    if result.skipped:
+        _write_csv(path, _SKIPPED, result.skipped)
+        return {"skipped_csv": str(path)}
+    if _is_ours(path, _SKIPPED):
+        path.unlink()
+    return {}
+
+
+def _is_ours(path: Path, header: Sequence[str]) -> bool:
+    """Whether we wrote a table, going by its first columns: a user's own ``labels.csv`` is not ours to remove."""
+    if not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        return file.readline().rstrip("\r\n").split(",")[: len(header)] == list(header)
 
 
 def sort_into(result: Result, source: Source, folder: Path) -> int:
