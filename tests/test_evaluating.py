@@ -102,6 +102,20 @@ def test_the_name_of_a_score_says_whether_the_model_saw_the_rows(
     assert evaluating.evaluate(manifest, said).split == split
 
 
+@pytest.mark.parametrize(("members", "split"), [("new", "test"), ("new and old", "apparent"), ("unknown", "apparent")])
+def test_rows_that_one_member_of_a_blend_trained_on_are_no_test(
+    tmp_path: Path, members: str, split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluating, "ROOT", tmp_path)
+    manifest = truth(tmp_path)
+    seen = {"old": manifest.take(np.arange(25)), "new": manifest.take(np.arange(20, 30))}
+    for one in seen.values():
+        one.save(tmp_path / "data" / manifest.competition / "versions" / one.hash[:12] / "manifest.csv")
+    hashes = [seen[name].hash if name in seen else name for name in members.split(" and ")]
+    said = replace(oof(manifest, fold=False), manifest_hash=seen["new"].hash, extra={"trained_on": hashes})
+    assert evaluating.evaluate(manifest, said.take(manifest.sample_ids[:20].tolist())).split == split
+
+
 def test_a_part_of_the_rows_is_scored_and_said(tmp_path: Path) -> None:
     manifest = truth(tmp_path)
     found = evaluating.evaluate(manifest, oof(manifest).take(["s3", "s9", "s4"]))

@@ -1,20 +1,24 @@
 """Photos of every kind become the same pixels, and points stay where they were."""
 
+import errno
+import os
 import pickle
 import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
-from octofold.data.folders import find_images, left_out
+from octofold.data.folders import find_images, left_out, refuse_links
 from octofold.data.images import LONGEST, PixelCache, PixelSpec, load, open_cache, square
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError
+from octofold.infer import looks
 
 SPECS = [PixelSpec(32), PixelSpec(32, "squash"), PixelSpec(32, "pad"), PixelSpec(32, "crop", 0.8)]
 
@@ -261,3 +265,23 @@ def test_find_images_is_sorted_and_skips_the_hidden(tmp_path: Path) -> None:
     (tmp_path / "linked").symlink_to(tmp_path / "a")
     assert [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)] == ["a/ж 🍏.png", "b.JPG"]
     assert [name for name, _ in left_out(tmp_path)] == ["a/c.HEIC", "d.jfif", "linked"]
+
+
+def test_a_folder_that_may_not_be_opened_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/1.png", "b/2.png", "b/.hidden/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"x")
+    real = os.scandir
+
+    def scandir(path: str) -> Any:  # root may open every folder: what the system says to others
+        if Path(path).name == "b":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert left_out(tmp_path) == [("b", "Permission denied")]
+    assert looks.find(tmp_path).left_out == [("b", "Permission denied")]  # so skipped.csv and the warnings name it
+    with pytest.raises(UserError, match=r"1 that may not: b \(Permission denied\)"):
+        refuse_links(tmp_path)
+    with pytest.raises(UserError, match=r"none, but 1 others: \. \(Permission denied\)"):
+        looks.find(tmp_path / "b")

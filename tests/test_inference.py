@@ -1,7 +1,10 @@
 """Inference: views are exact, memory is bounded, names and ids survive, bad images are named."""
 
+import logging
+import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from octofold.data.images import PixelSpec, load, square
 from octofold.errors import UserError
 from octofold.infer import combining, ensemble, inference, looks, passes, results, shards
 from octofold.infer.inference import How
-from octofold.nets import models
+from octofold.nets import engine, models
 from octofold.predictions import Predictions
 
 CLASSES = ("red", "green", "blue")
@@ -235,6 +238,56 @@ def test_two_machines_that_join_at_once(
     assert shards.run(crew, source, how, 2, 1, progress=False) is None
 
 
+@pytest.mark.parametrize("moment", ["while the last part is made", "while the parts are joined"])
+def test_an_equal_command_that_is_done_first_costs_nobody_the_result(
+    crew: ensemble.Ensemble, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    monkeypatch.setattr(shards, "ROOT", tmp_path)
+    source, how = looks.find(folder), How("none", 4)
+    cut = shards.plan(crew, source, how, 2)
+    shards.make(crew, cut, how, 0)
+    where, name = (Predictions, "load") if moment.endswith("joined") else (shards, "_one")
+    real = getattr(where, name)
+
+    def late(*arguments: Any) -> Any:
+        monkeypatch.setattr(where, name, real)
+        other = shards.run(crew, source, how, 2, progress=False)
+        assert other is not None
+        shards.clear(other)
+        return real(*arguments)
+
+    monkeypatch.setattr(where, name, late)
+    found = shards.run(crew, source, how, 2, progress=False)
+    assert found is not None
+    assert len(found.files) == 8
+    shards.clear(found)
+    assert not list((tmp_path / "mlruns").rglob("part-*"))
+
+
+def test_jobs_of_other_shares_or_column_order_have_parts_of_their_own(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "ROOT", tmp_path)
+    source, made = looks.find(folder), tmp_path / "made"
+    for fold in (0, 1):
+        checkpoint(made / f"f{fold}", fold)
+    crews = [ensemble.load_bag([made / f"f{fold}" for fold in folds]) for folds in ((0, 1), (0, 0, 1), (1, 0, 1))]
+    crews += [replace(crews[0], classes=CLASSES[::-1])]
+    works = [shards.plan(crew, source, How("none")).work for crew in crews]
+    assert len(set(works)) == 4
+    assert works[0] == shards.plan(ensemble.load(made), source, How("none", engine="eager")).work
+
+
+def test_a_path_that_no_table_can_hold_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    photo = photos(folder, 1)[0]
+    single = tmp_path / os.fsdecode(b"x\xe9.jpg")
+    single.write_bytes(photo.read_bytes())
+    for path in (folder, photo, single):
+        with pytest.raises(UserError, match=r"\\udce9(.|\n)*a name that is not UTF-8"):
+            looks.find(path)
+
+
 def test_nothing_readable_is_an_error(crew: ensemble.Ensemble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "ROOT", tmp_path)
     (tmp_path / "in").mkdir()
@@ -267,6 +320,55 @@ def test_results_by_file_and_sorted_copies(
     for task, target, words in (("classify", folder / "sorted", "outside"), ("keypoints", tmp_path / "s", "points")):
         with pytest.raises(UserError, match=words):
             results.check_sorting(task, source, target)
+
+
+def test_a_folder_holds_what_its_last_job_found(
+    crew: ensemble.Ensemble, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "ROOT", tmp_path)
+    some = shards.run(crew, looks.find(folder), How("none"), progress=False)
+    none = shards.run(crew, looks.find(photos(tmp_path / "fine", 3)[0].parent), How("none"), progress=False)
+    assert some is not None
+    assert none is not None
+    out, exact = tmp_path / "out", {"predictions.csv", "predictions.parquet"}
+    for write, result, files in (
+        (results.write, some, {*exact, "skipped.csv"}),
+        (results.write, none, exact),
+        (results.write_labels, some, {"labels.csv", "skipped.csv"}),
+        (results.write_labels, none, {"labels.csv"}),
+        (results.write, some, {*exact, "skipped.csv"}),
+    ):
+        paths = write(result, out)
+        assert {path.name for path in out.iterdir()} == {Path(path).name for path in paths.values()} == files
+    (out / "labels.csv").write_text("file,label\nphoto 0.jpg,red\n")  # the user's own
+    results.write(none, out)
+    assert (out / "labels.csv").read_text() == "file,label\nphoto 0.jpg,red\n"
+
+
+def test_sorting_into_a_folder_used_before_loses_no_photo(
+    crew: ensemble.Ensemble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(shards, "ROOT", tmp_path)
+    monkeypatch.setattr(logging.getLogger("octofold"), "propagate", True)
+    target, rng = tmp_path / "sorted", np.random.default_rng(0)
+    for number in range(12):  # two classes at most are needed for two of one name to meet
+        path = tmp_path / f"in{number}" / "photo.png"
+        path.parent.mkdir()
+        Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).save(path)
+        source = looks.find(path)
+        result = shards.run(crew, source, How("none"), progress=False)
+        assert result is not None
+        for _ in range(2):
+            results.sort_into(result, source, target)
+    taken = [path.read_bytes() for path in (tmp_path).glob("in*/photo.png")]
+    assert sorted(path.read_bytes() for path in target.rglob("*.png")) == sorted(taken)
+    assert not caplog.messages
+    ids = result.predictions.values.argmax(axis=1)
+    other = replace(result.predictions, values=np.roll(result.predictions.values, 1, axis=1))
+    results.sort_into(replace(result, predictions=other), source, target)
+    assert len(list(target.rglob("*.png"))) == 13  # nothing is removed
+    assert f"(now {CLASSES[(int(ids[0]) + 1) % 3]})" in caplog.messages[0]
+    assert len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize(
@@ -393,6 +495,21 @@ def test_agreement_is_measured_against_every_view_in_float32(crew: ensemble.Ense
     half = inference.agreement(crew, items, How("geo8", 4, "eager", "bf16"))
     assert 0 < half["agreement/change"] < 0.1
     assert not How(precision="bf16").is_exact
+
+
+def test_agreement_is_that_of_the_engine_the_job_will_have(
+    crew: ensemble.Ensemble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items, real, paid = looks.find(photos(tmp_path / "in", 9)[0].parent).items, engine.make, []
+
+    def make(*arguments: Any) -> Any:
+        paid.append(arguments[4])  # for how many passes the making must pay
+        return real(*arguments)
+
+    monkeypatch.setattr(engine, "make", make)
+    found = inference.agreement(crew, items, How("geo8", 4, "eager", "bf16"), rows=4)
+    assert found["agreement/images"] == 4
+    assert set(paid) == {9 * 8}
 
 
 @pytest.mark.slow

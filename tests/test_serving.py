@@ -28,7 +28,7 @@ from octofold.blend.lineup import Lineup
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError
 from octofold.files import read_json
-from octofold.infer import ensemble, inference, looks, serving
+from octofold.infer import ensemble, inference, looks, serving, shards
 from octofold.infer.combining import Blend
 from octofold.infer.inference import How
 from octofold.predictions import Predictions
@@ -66,6 +66,35 @@ def test_a_blend_on_disk_says_what_its_parts_say(whole: Path, tmp_path: Path) ->
             alone = next(inference.stream(ensemble.load(whole / part["folder"]), items, How("geo4"))).values
             expected += weight * part["share"] * alone
     np.testing.assert_allclose(blended, expected, atol=1e-6)
+
+
+def test_a_blend_is_found_from_any_folder_above_it_and_never_taken_apart(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "dl" / "model" / "artifacts" / "blend")
+    for place in ("dl", "dl/model", "dl/model/artifacts", "dl/model/artifacts/blend"):
+        crew = ensemble.load(tmp_path / place)
+        assert (crew.name, crew.views) == ("tiny.blend", "geo4")
+        assert crew.combine is not None
+    checkpoint(tmp_path / "dl" / "other", 0)
+    with pytest.raises(UserError, match="artifacts/blend, and 1 models beside"):
+        ensemble.load(tmp_path / "dl")
+    shutil.rmtree(tmp_path / "dl" / "other")
+    shutil.copytree(whole, tmp_path / "dl" / "second")
+    with pytest.raises(UserError, match="expected: one blend"):
+        ensemble.load(tmp_path / "dl")
+
+
+def test_what_a_mixed_blend_says_names_all_that_its_members_trained_on(
+    mlruns: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "ROOT", tmp_path)
+    slots = {name: [slot(tmp_path, name, 0, manifest_hash=name[0] * 64)] for name in ("old", "new")}
+    blend, shares = Blend("equal", "linear", np.array([0.5, 0.5])), {"old": [1.0], "new": [1.0]}
+    folder = serving.write_blend(tmp_path / "b", "tiny.blend", blend, slots, shares, "none", "n" * 64)
+    source = looks.find(photos(tmp_path / "in", 3)[0].parent)
+    result = shards.run(ensemble.load(folder), source, How("none"), progress=False)
+    assert result is not None
+    said = Predictions.load(result.predictions.save(tmp_path / "p.parquet"))
+    assert said.extra["trained_on"] == ["n" * 64, "o" * 64]
 
 
 def test_class_wise_rules_keep_the_order_they_were_fitted_in(mlruns: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 COMPANIONS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".md", ".html", ".pdf", ".py",
               ".ipynb", ".zip", ".tar", ".gz", ".tgz", ".parquet", ".arrow", ".db", ".ini")  # fmt: skip
 """Files that lie beside images and that nobody takes for one."""
+NOT_UTF8 = "a name that is not UTF-8"
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -22,34 +23,49 @@ def find_images(folder: Path) -> list[Path]:
 def left_out(folder: Path) -> list[tuple[str, str]]:
     """What `find_images` passes over and should not without a word: ``(path relative to folder, why)``, sorted."""
     found: list[tuple[Path, str]] = []
-    for place, folders, files in _walk(folder):
+    closed: list[OSError] = []
+    for place, folders, files in _walk(folder, closed):
         linked = [name for name in folders if os.path.islink(os.path.join(place, name))]
         found += [(Path(place, name), "a link to a folder: not followed") for name in linked]
         named = [name for name in files if name.lower().endswith(SUFFIXES)]
         bad = [name for name in named if not _is_text(os.path.join(place, name), folder)]
-        found += [(Path(place, name), "a name that is not UTF-8: rename it") for name in bad]
+        found += [(Path(place, name), f"{NOT_UTF8}: rename it") for name in bad]
         other = [name for name in files if Path(name).suffix and not name.lower().endswith(SUFFIXES + COMPANIONS)]
         found += [(Path(place, name), f"'{Path(name).suffix}' is no suffix of images that we read") for name in other]
-    return sorted((_told(path.relative_to(folder).as_posix()), why) for path, why in found)
+    found += [(Path(error.filename), error.strerror or str(error)) for error in closed]
+    return sorted((told(path.relative_to(folder).as_posix()), why) for path, why in found)
 
 
 def _is_text(path: str, folder: Path) -> bool:
+    return is_utf8(path.removeprefix(str(folder)))
+
+
+def is_utf8(path: str) -> bool:
     """Whether a table can hold the path: file names are bytes, and not all of them are UTF-8."""
-    inside = path.removeprefix(str(folder))
-    return _told(inside) == inside
+    return told(path) == path
 
 
-def _told(name: str) -> str:
-    return name.encode("utf-8", "backslashreplace").decode()
+def told(path: str) -> str:
+    """The path as it can be written anywhere."""
+    return path.encode("utf-8", "backslashreplace").decode()
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuse a folder with linked folders in it, where all of its images count: a whole class may be behind one.
+    """Refuse a folder with linked or closed folders in it, where all of its images count: they may hold a whole class.
 
     Raises:
         UserError: there are some.
     """
-    linked = [name for name, _ in left_out(folder) if (folder / name).is_dir()]
+    unseen = [(name, why) for name, why in left_out(folder) if (folder / name).is_dir()]
+    linked = [name for name, _ in unseen if (folder / name).is_symlink()]
+    closed = [f"{name} ({why})" for name, why in unseen if name not in linked]
+    if closed:
+        raise UserError(
+            folder,
+            expected="folders that may be opened",
+            got=f"{len(closed)} that may not: {preview(closed)}",
+            fix="let this user read and enter them (chmod u+rx), or move them away",
+        )
     if linked:
         raise UserError(
             folder,
@@ -59,8 +75,8 @@ def refuse_links(folder: Path) -> None:
         )
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """`os.walk` without what is hidden (``.name``, ``__MACOSX``)."""
-    for place, folders, files in os.walk(folder):
+def _walk(folder: Path, closed: list[OSError] | None = None) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` without what is hidden (``.name``, ``__MACOSX``); `closed` takes what hindered opening a folder."""
+    for place, folders, files in os.walk(folder, onerror=None if closed is None else closed.append):
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
         yield place, folders, [name for name in files if not name.startswith(".")]

@@ -6,6 +6,7 @@ What is on disk, and what it becomes::
     DIR/**/model.json                       a folder of them: a bag per member, members averaged equally
     DIR/blend.json + DIR/slots/…            a blend: bags and their combination, as `serving` wrote it
     DIR/MLmodel                             the same inside an MLflow model, found under `artifacts/`
+    DIR/**/blend.json                       a blend further below, where it is the only thing there
 """
 
 from collections.abc import Callable, Sequence
@@ -102,6 +103,11 @@ class Ensemble:
         return str(self.about.get("manifest_hash") or self.voices[0].card.manifest_hash)
 
     @property
+    def trained_on(self) -> list[str]:
+        """The manifest hashes of everything a voice trained on: a blend's members may have seen several versions."""
+        return sorted({voice.card.manifest_hash for voice in self.voices})
+
+    @property
     def model_sha(self) -> str:
         """One name for all the weights."""
         return bag_sha([voice.card.model_sha for voice in self.voices])
@@ -140,8 +146,8 @@ def load(path: Path | str, device: str = "cpu") -> Ensemble:
     """Load whatever models lie under `path`.
 
     Raises:
-        UserError: no model there, weights that do not fit their card, or fold models of different tasks, classes or
-            manifests.
+        UserError: no model there, a blend among others, weights that do not fit their card, or fold models of different
+            tasks, classes or manifests.
     """
     folder = existing(path, "a checkpoint folder, a folder of them, or an MLflow model")
     if folder.name in ("model.json", "model.safetensors", "blend.json", "MLmodel"):
@@ -157,7 +163,24 @@ def load(path: Path | str, device: str = "cpu") -> Ensemble:
             got="none",
             fix="give the folder that train wrote, or models:/NAME@production",
         )
-    return load_bag(found, device)
+    blend = _blend_below(folder, found)
+    return _load_blend(blend, device) if blend else load_bag(found, device)
+
+
+def _blend_below(folder: Path, models: Sequence[Path]) -> Path | None:
+    """The one blend that all these models belong to, or None: a plain mean of a blend's slots would be another model.
+
+    Raises:
+        UserError: a blend among other models, or several.
+    """
+    blends = sorted(file.parent for file in folder.rglob("blend.json"))
+    others = [place for place in models if not any(place.is_relative_to(blend) for blend in blends)]
+    if not blends or (len(blends) == 1 and not others):
+        return blends[0] if blends else None
+    named = f"{preview(blends, 3)}{f', and {len(others)} models beside' if others else ''}"
+    raise UserError(
+        folder, expected="one blend, or fold models only", got=f"blends: {named}", fix=f"--model {blends[0]}"
+    )
 
 
 def output_names(task: str, classes: Sequence[str]) -> list[str]:

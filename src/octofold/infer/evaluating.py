@@ -101,15 +101,17 @@ def evaluate(manifest: Manifest, predictions: Predictions) -> Evaluation:
 
 
 def _split(manifest: Manifest, predictions: Predictions) -> str:
-    """Name what a score is worth; ``test`` only where the manifest trained on is there to show that no row was in it.
+    """Name what a score is worth; ``test`` only where every manifest trained on is there to show that it held no row.
 
-    Another hash alone proves nothing: cleaning makes a new version of nearly the same photos.
+    Another hash alone proves nothing: cleaning makes a new version of nearly the same photos. Nor does the hash a blend
+    was fitted on: its members may have trained on other versions.
     """
     if predictions.is_oof:
         return "oof"
-    trained = _version(manifest, predictions.manifest_hash)
-    if trained is None or np.isin(predictions.sample_ids, trained.sample_ids).any():
-        return "apparent"
+    for hash_ in {predictions.manifest_hash, *predictions.extra.get("trained_on", [])}:
+        trained = _version(manifest, hash_)
+        if trained is None or np.isin(predictions.sample_ids, trained.sample_ids).any():
+            return "apparent"
     return "test"
 
 

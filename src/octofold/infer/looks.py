@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octofold.data.decoding import open_bytes
-from octofold.data.folders import SUFFIXES, find_images, left_out
+from octofold.data.folders import NOT_UTF8, SUFFIXES, find_images, is_utf8, left_out, told
 from octofold.data.images import Frame, PixelSpec, fit, square
 from octofold.data.manifest import ID_LENGTH, Manifest
 from octofold.data.manifest import read as read_manifest
@@ -39,21 +39,26 @@ class Source:
     items: list[Item]
     where: Path
     is_manifest: bool
-    left_out: Sequence["Skipped"] = ()  # files in the folder that are no images by their names, and linked folders
+    left_out: Sequence["Skipped"] = ()  # files that are no images by their names, and folders not entered
 
 
 def find(images: Path | str) -> Source:
     """List the images under a folder (recursively), of a manifest CSV, or the one image given.
 
     Raises:
-        UserError: nothing there, or no image in it.
+        UserError: nothing there, no image in it, or a path that is not UTF-8.
     """
     path = existing(images, "a folder of images, an image, or a manifest (CSV)")
+    if not is_utf8(str(path)):
+        raise UserError(
+            told(str(path)), expected="a path in UTF-8", got=NOT_UTF8, fix="rename it, or copy it elsewhere"
+        )
     if path.is_dir():
         items = [Item(file.relative_to(path).as_posix(), file) for file in find_images(path)]
         other = [Skipped(*found) for found in left_out(path)]
         if not items:
-            got = f"none, but {len(other)} others: {preview(one.name for one in other)}" if other else "none"
+            named = preview(f"{one.name} ({one.reason})" for one in other)
+            got = f"none, but {len(other)} others: {named}" if other else "none"
             raise UserError(path, expected=f"images ({', '.join(SUFFIXES)}) in it or below", got=got)
         return Source(items, path, False, other)
     if path.suffix.lower() == ".csv":

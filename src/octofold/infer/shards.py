@@ -72,8 +72,8 @@ def run(
         progress: a bar on stderr.
 
     Returns:
-        The joined result, or None: other parts are still missing (`shard` was given), or another call has joined them
-        and removed them since.
+        The joined result, or None: `shard` was given, and other parts are still missing, or another call has joined
+        them and removed them since.
 
     Raises:
         UserError: no such shard, or not one readable image.
@@ -82,22 +82,29 @@ def run(
     if shard is not None and not 0 <= shard < len(cut.parts):
         raise UserError("--shard", expected=f"a number in 0..{len(cut.parts) - 1}", got=str(shard))
     wanted = [shard] if shard is not None else list(range(len(cut.parts)))
+    while True:
+        _make_missing(ensemble, cut, how, wanted, progress)
+        try:
+            parts = [] if cut.missing() else [Predictions.load(cut.file(place)) for place in range(len(cut.parts))]
+        except (UserError, OSError):
+            if not cut.missing():
+                raise
+            parts = []
+            log.warning("another call of this job has joined its parts and removed them")
+        if parts:
+            return _join(parts, source, cut.work)
+        if shard is not None:
+            return None
+        # An equal command was done first and cleared the parts that we found: its result may lie elsewhere.
+
+
+def _make_missing(ensemble: Ensemble, cut: "Plan", how: How, wanted: Sequence[int], progress: bool) -> None:
     missing = [place for place in cut.missing() if place in wanted]
     total = sum(len(cut.parts[place]) for place in wanted)
     done = total - sum(len(cut.parts[place]) for place in missing)
     with tqdm(total=total, initial=done, unit="img", disable=not progress, mininterval=1) as bar:
         for place in missing:
             make(ensemble, cut, how, place, bar)
-    if cut.missing():
-        return None
-    try:
-        parts = [Predictions.load(cut.file(place)) for place in range(len(cut.parts))]
-    except (UserError, OSError):
-        if not cut.missing():
-            raise
-        log.warning("another call of this job has joined its parts: the result is there")
-        return None
-    return _join(parts, source, cut.work)
 
 
 @dataclass(frozen=True)
@@ -140,13 +147,15 @@ def _key(ensemble: Ensemble, source: Source, how: How, parts: int) -> str:
     for item in source.items:
         stat = os.stat(item.path) if item.path.exists() else None
         files.append([item.name, item.sample_id, str(item.path), *((stat.st_size, stat.st_mtime_ns) if stat else ())])
-    settings = (
-        how.views,
-        how.precision,
-        how.early_exit,
-        how.batch_size,
-    )  # not the engine: every exact one gives the same
-    return sha256_json([ensemble.model_sha, ensemble.name, ensemble.about, *settings, parts, files])[:20]
+    # How often a voice speaks counts too: `model_sha` names a set of weights.
+    bags = sorted(
+        [member, ensemble.voices[place].card.model_sha, share]
+        for member, shares in ensemble.bags.items()
+        for place, share in shares
+    )
+    said = [ensemble.model_sha, ensemble.name, ensemble.about, ensemble.classes, bags]
+    settings = [how.views, how.precision, how.early_exit, how.batch_size]  # any exact engine gives the same
+    return sha256_json([*said, *settings, parts, files])[:20]
 
 
 def _one(ensemble: Ensemble, items: Sequence[Item], how: How, total: int, bar: "tqdm[Any] | None") -> Predictions:
@@ -166,6 +175,7 @@ def _one(ensemble: Ensemble, items: Sequence[Item], how: How, total: int, bar: "
         skipped += batch.skipped
         if bar is not None:
             bar.update(len(batch.items) + len(batch.skipped))
+    about = {"precision": how.precision, "early_exit": how.early_exit, "trained_on": ensemble.trained_on}
     points = ensemble.task == "keypoints"
     empty = np.zeros((0, len(ensemble.classes), 2) if points else (0, len(ensemble.classes)), np.float32)
     return Predictions(
@@ -177,7 +187,7 @@ def _one(ensemble: Ensemble, items: Sequence[Item], how: How, total: int, bar: "
         model_sha=ensemble.model_sha,
         views=how.views,
         seed=ensemble.seed,
-        extra={"precision": how.precision, "early_exit": how.early_exit, "files": files, "skipped": skipped},
+        extra={**about, "files": files, "skipped": skipped},
     )
 
 
