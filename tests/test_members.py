@@ -1,5 +1,6 @@
 """Members: whole `train` commands, interrupted and repeated."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from octofold.nets import models
 from octofold.predictions import Predictions
 from octofold.recipe import Recipe
 from octofold.track import registry, tracking
-from octofold.train import checkpoint, members, origin
+from octofold.train import checkpoint, members, origin, training
 from world import make_world
 
 RUNS = """
@@ -107,14 +108,19 @@ def table(mlruns: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
     return manifest.read(mlruns.parent / "manifest.csv")
 
 
-def train(table: Manifest, **changes: Any) -> dict[str, Any]:
-    """Train a member of two folds, of one epoch each."""
+def call(table: Manifest, **changes: Any) -> Train:
+    """A member of two folds, of one epoch each."""
     settings: dict[str, Any] = {
         "member": "m", "model": {"name": "small_cnn", "input_size": 16}, "augment": {"preset": "none"},
         "phases": [{"epochs": 1}], "batch_size": 8, "tta": "none", "manifest": table.file, "parallel": 1,
         "runtime": {"precision": "fp32", "channels_last": "on", "device": "cpu", "threads": 1},
     }  # fmt: skip
-    return members.train(Train.model_validate(settings | changes))
+    return Train.model_validate(settings | changes)
+
+
+def train(table: Manifest, **changes: Any) -> dict[str, Any]:
+    """Train it."""
+    return members.train(call(table, **changes))
 
 
 @pytest.mark.slow
@@ -169,6 +175,38 @@ def test_weights_that_saw_the_held_out_rows_are_no_start(table: Manifest, caplog
     assert "was trained on manifest elder" in caplog.text
 
 
+@pytest.mark.slow
+def test_other_weights_at_the_same_address_are_another_training(table: Manifest) -> None:
+    """An alias that moved, a file that was replaced."""
+    network = {"name": "small_cnn", "input_size": 16, "weights": "models:/tiny.m.f{fold}.s0@best"}
+    train(table, folds=[0])
+    train(table, folds=[0], batch_size=4)
+    store = tracking.client()
+    store.set_registered_model_alias("tiny.m.f0.s0", "best", "1")
+    first = train(table, member="next", model=network, folds=[0])["slots"]
+    assert train(table, member="next", model=network, folds=[0])["slots"] == first == ["tiny.next.f0.s0/1"]
+    store.set_registered_model_alias("tiny.m.f0.s0", "best", "2")
+    assert train(table, member="next", model=network, folds=[0])["slots"] == ["tiny.next.f0.s0/2"]
+    store.set_registered_model_alias("tiny.m.f0.s0", "best", "1")
+    assert train(table, member="next", model=network, folds=[0])["slots"] == first
+
+
+def test_another_swap_table_is_another_training(table: Manifest) -> None:
+    one, two = (dataclasses.replace(table, info={"swap": swap}) for swap in ([1, 0], [0, 1]))
+    for found in (lambda rows: members._tags(Recipe(), rows), lambda rows: checkpoint.identity(Recipe(), rows, 0, 0)):
+        assert found(one) == found(one) != found(two) != found(table)
+
+
+@pytest.mark.slow
+def test_a_slot_stopped_before_it_was_registered_has_the_views_it_has(table: Manifest) -> None:
+    recipe = Recipe(**{name: getattr(call(table), name) for name in Recipe.model_fields})
+    folder = members._folder(table, recipe, 0, 0)
+    training.train_slot(recipe, table, 0, 0, folder, lambda *_: None)
+    with pytest.raises(UserError, match=r"(?s)f0.s0: already trained.*views flip"):
+        train(table, folds=[0], tta="flip")
+    assert "oof.none/accuracy" in train(table, folds=[0])
+
+
 def _of_other_manifest(folder: Path) -> tuple[models.Net, models.ModelCard]:
     net, card = models.read_model(folder)
     card.manifest_hash = "elder"
@@ -191,7 +229,7 @@ def test_a_file_learned_from_counts_by_its_contents(
         said = Predictions(table.sample_ids, values, table.classes, table.hash, "b", "w", "none", table.fold)
         path = str(said.save(tmp_path / "oof.parquet"))
         recipe = Recipe.model_validate(changes(path))
-        return train(table, folds=[0], **changes(path))["slots"], checkpoint.identity(recipe, table.hash, 0, 0)
+        return train(table, folds=[0], **changes(path))["slots"], checkpoint.identity(recipe, table, 0, 0)
 
     (first, one), (same, _), (other, two) = learn(0), learn(0), learn(1)
     assert first == same == ["tiny.m.f0.s0/1"]

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
+from octofold.data.manifest import Manifest
 from octofold.errors import UserError, preview
 from octofold.files import atomic, existing, read_json, sha256_file, sha256_json, write_json
 from octofold.metrics import fingerprint
 from octofold.recipe import Recipe
+from octofold.train import origin
 from octofold.train.distill import find_teacher
 
 CODE = (
@@ -60,12 +62,18 @@ def code_versions() -> dict[str, str]:
     return shas | {f"library {name}": version(name) for name in LIBRARIES}
 
 
-def identity(recipe: Recipe, manifest_hash: str, fold: int, seed: int, start: Path | None = None) -> dict[str, str]:
+def identity(recipe: Recipe, table: Manifest, fold: int, seed: int, start: Path | None = None) -> dict[str, str]:
     """Return what must be unchanged for a training to go on: recipe, manifest, slot, start, code, libraries."""
-    slot = {"manifest hash": manifest_hash, "fold": str(fold), "seed": str(seed)}
+    slot = {"manifest hash": table.hash, "fold": str(fold), "seed": str(seed)} | swap_tag(table)
     if start is not None:
-        slot["starting weights"] = sha256_file(start / "model.safetensors" if start.is_dir() else start)
+        slot["starting weights"] = origin.sha256(start)
     return settings_of(recipe) | slot | fingerprints(recipe) | code_versions()
+
+
+def swap_tag(table: Manifest) -> dict[str, str]:
+    """Return the sha256 of the swap table, which says what mirrored points are trained towards, if there is one."""
+    swap = table.info.get("swap")  # no part of the manifest's hash
+    return {"swap.sha256": sha256_json(swap)} if swap else {}
 
 
 def fingerprints(recipe: Recipe) -> dict[str, str]:

@@ -22,7 +22,7 @@ from octofold.compute import Devices, device_setup
 from octofold.data import manifest
 from octofold.data.manifest import Manifest
 from octofold.errors import Handover, UserError, preview
-from octofold.files import ROOT
+from octofold.files import ROOT, read_json
 from octofold.infer import serving
 from octofold.metrics import fingerprint
 from octofold.nets import gallery
@@ -179,6 +179,7 @@ def _tags(recipe: Recipe, table: Manifest) -> dict[str, str]:
         "recipe_hash": checkpoint.recipe_hash(recipe),
         "manifest_hash": table.hash,
         **fingerprint(recipe.metric),
+        **checkpoint.swap_tag(table),
         **checkpoint.fingerprints(recipe),
     }
 
@@ -201,19 +202,23 @@ def _check_slot(config: Train, recipe: Recipe, table: Manifest, runs: list[RunIn
     if config.restart and folder.exists():
         shutil.rmtree(folder)
     mine = [run for run in runs if _slot_tags(fold, seed).items() <= run.tags.items()]
+    mine = origin.same(mine, recipe, fold, seed)
     if (done := _filled(mine)) is not None:  # whatever lies in the folder: another machine has filled it meanwhile
-        return _check_views(recipe, done, [Path(name).stem for name in tracking.list_artifacts(done.id, "oof")])
+        kept = [Path(name).stem for name in tracking.list_artifacts(done.id, "oof")]
+        return _check_views(recipe, done.tags["registered"], kept)
     start = origin.find(recipe, fold, seed)
     origin.check(recipe, table, fold, start)
     if (folder / "identity.json").exists():
-        checkpoint.claim(folder, checkpoint.identity(recipe, table.hash, fold, seed, start))
+        checkpoint.claim(folder, checkpoint.identity(recipe, table, fold, seed, start))
+    if (folder / "done.json").exists():  # trained, and stopped before it was registered
+        _check_views(recipe, f"f{fold}.s{seed}", read_json(folder / "done.json")["views"])
 
 
-def _check_views(recipe: Recipe, done: RunInfo, kept: Iterable[str]) -> None:
+def _check_views(recipe: Recipe, trained: str, kept: Iterable[str]) -> None:
     """Refuse a trained slot whose OOF lacks the views of this recipe: `tta` does not make it another training."""
     if recipe.tta not in kept:
         raise UserError(
-            f"member '{recipe.member}', {done.tags['registered']}: already trained",
+            f"member '{recipe.member}', {trained}: already trained",
             expected=f"its OOF in views {recipe.tta} (tta)",
             got=f"OOF in views: {preview(sorted(kept)) or 'none'}",
             fix="ask for --tta with one of those, or train it anew with --restart true",
@@ -227,7 +232,7 @@ def _slot_tags(fold: int, seed: int) -> dict[str, str]:
 def _runs(call: Call, fold: int, seed: int) -> list[RunInfo]:
     """The slot's runs, newest first; if all shall be trained anew, only those of this very call."""
     tags = call.tags | _slot_tags(fold, seed)
-    found = tracking.find_runs(call.table.competition, tags)
+    found = origin.same(tracking.find_runs(call.table.competition, tags), call.recipe, fold, seed)
     return [run for run in found if not call.config.restart or run.tags.get("mlflow.parentRunId") == call.parent_id]
 
 
@@ -247,7 +252,7 @@ def _fill(call: Call, fold: int, seed: int) -> Filled | None:
     if (done := _filled(runs)) is not None:
         log.info("fold %d seed %d: already trained (%s)", fold, seed, done.tags["registered"])
         oof = _stored_oof(done.id)
-        _check_views(call.recipe, done, oof)
+        _check_views(call.recipe, done.tags["registered"], oof)
         _discard(folder)
         return oof, done.tags["registered"]
     resume = runs[0].id if runs and (folder.exists() or runs[0].status != "FINISHED") else None
@@ -284,6 +289,8 @@ def _train(call: Call, fold: int, seed: int, resume: str | None) -> Filled:
 
         call.devices.from_main((fold, seed))
         start = origin.find(recipe, fold, seed)
+        if start is not None:
+            run.set_tags({origin.SHA: origin.sha256(start)})
         result = training.train_slot(recipe, table, fold, seed, folder, report, call.devices, start)
         lessee.check(_slot(fold, seed))
         for extra in ("profile", "tensorboard"):

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError
-from octofold.files import existing
+from octofold.files import existing, sha256_file
 from octofold.nets.models import read_card
 from octofold.recipe import Recipe
 from octofold.track import registry, tracking
+from octofold.track.tracking import RunInfo
 
+SHA = "start.sha256"  # the tag of a slot's run that says which weights it started from
 log = logging.getLogger("octofold")
 
 
@@ -31,6 +33,23 @@ def find(recipe: Recipe, fold: int, seed: int) -> Path | None:
     if place.startswith("models:/"):
         return registry.find_checkpoint(tracking.fetch_uri(place, f"model.weights: {place}"))
     return existing(place, "weights (.safetensors, .pth, .pt, or a checkpoint folder)")
+
+
+def sha256(start: Path) -> str:
+    """Hex sha256 of the file, or of the weights in the checkpoint folder, that a training starts from."""
+    return sha256_file(start / "model.safetensors" if start.is_dir() else start)
+
+
+def same(runs: list[RunInfo], recipe: Recipe, fold: int, seed: int) -> list[RunInfo]:
+    """Of a slot's runs, those that started from what lies there now: an alias moves, a file is replaced.
+
+    Runs that do not say where they started count as the same.
+    """
+    if not any(SHA in run.tags for run in runs):
+        return runs
+    start = find(recipe, fold, seed)
+    now = None if start is None else sha256(start)
+    return [run for run in runs if run.tags.get(SHA, now) == now]
 
 
 def check(recipe: Recipe, table: Manifest, fold: int, start: Path | None) -> None:

@@ -64,7 +64,7 @@ def train_slot(
         UserError: a loss that is not finite, or a checkpoint of another recipe, manifest or code.
         KeyboardInterrupt: asked to stop; the checkpoint is written.
     """
-    identity = checkpoint.identity(recipe, manifest.hash, fold, seed, start)
+    identity = checkpoint.identity(recipe, manifest, fold, seed, start)
     checkpoint.claim(folder, identity)
     if (folder / "done.json").exists():
         return read_result(folder)

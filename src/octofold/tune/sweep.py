@@ -282,7 +282,7 @@ class Sweep:
         folder = work / f"{attempt.purpose}{attempt.notes['key']}.f{fold}.s{seed}"
         try:
             if folder.exists():
-                checkpoint.claim(folder, checkpoint.identity(recipe, self.table.hash, fold, seed, start))
+                checkpoint.claim(folder, checkpoint.identity(recipe, self.table, fold, seed, start))
         except UserError:
             shutil.rmtree(folder)
         return folder
