@@ -1,7 +1,9 @@
 """Inference: views are exact, memory is bounded, names and ids survive, bad images are named."""
 
+import logging
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -316,6 +318,32 @@ def test_a_folder_holds_what_its_last_job_found(
     (out / "labels.csv").write_text("file,label\nphoto 0.jpg,red\n")  # the user's own
     results.write(none, out)
     assert (out / "labels.csv").read_text() == "file,label\nphoto 0.jpg,red\n"
+
+
+def test_sorting_into_a_folder_used_before_loses_no_photo(
+    crew: ensemble.Ensemble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(shards, "ROOT", tmp_path)
+    monkeypatch.setattr(logging.getLogger("octofold"), "propagate", True)
+    target, rng = tmp_path / "sorted", np.random.default_rng(0)
+    for number in range(12):  # more than classes: some of one name meet
+        path = tmp_path / f"in{number}" / "photo.png"
+        path.parent.mkdir()
+        Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).save(path)
+        source = looks.find(path)
+        result = shards.run(crew, source, How("none"), progress=False)
+        assert result is not None
+        for _ in range(2):
+            results.sort_into(result, source, target)
+    taken = [path.read_bytes() for path in (tmp_path).glob("in*/photo.png")]
+    assert sorted(path.read_bytes() for path in target.rglob("*.png")) == sorted(taken)
+    assert not caplog.messages
+    ids = result.predictions.values.argmax(axis=1)
+    other = replace(result.predictions, values=np.roll(result.predictions.values, 1, axis=1))
+    results.sort_into(replace(result, predictions=other), source, target)
+    assert len(list(target.rglob("*.png"))) == 13  # nothing is removed
+    assert f"(now {CLASSES[(int(ids[0]) + 1) % 3]})" in caplog.messages[0]
+    assert len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
 """What an inference job leaves behind: Predictions, a table by file name, and images sorted into class folders."""
 
 import csv
+import filecmp
 import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from octofold.errors import UserError
+from octofold.config import log
+from octofold.errors import UserError, preview
 from octofold.files import atomic
 from octofold.infer.looks import Source
 from octofold.infer.shards import Result, rows
@@ -80,7 +82,8 @@ def sort_into(result: Result, source: Source, folder: Path) -> int:
     """Copy every readable image into ``folder/<predicted class>/``; originals stay where they are.
 
     Class names that are no folder names are made so (``a/b`` becomes ``a_b``); files of one name from different
-    folders are kept apart by their path. A second call writes the same files again.
+    folders are kept apart by their path. A second call writes the same files again; another photo that an earlier call
+    left under the same name stays, and a photo that an earlier call put into another class is told of, not removed.
 
     Returns:
         How many images were copied.
@@ -93,14 +96,36 @@ def sort_into(result: Result, source: Source, folder: Path) -> int:
     paths = {item.name: item.path for item in source.items}
     folders = dict(zip(said.classes, folder_names(said.classes), strict=True))
     bases = Counter(Path(name).name.lower() for name, _ in result.files)
-    count = 0
+    before, elsewhere = _files_by_name(folder), []
     for name, sample_id, values in rows(result):
-        path = paths[name]
-        target = folder / folders[said.classes[values.argmax()]] / _file_name(name, sample_id, bases)
+        path, own = paths[name], folder / folders[said.classes[values.argmax()]]
+        names = _file_names(name, sample_id, bases)
+        first = own / names[0]
+        target = own / names[1] if first.exists() and not _is_copy(path, first) else first
+        old = [one for title in names for one in before.get(title, []) if one.parent != own and _is_copy(path, one)]
+        elsewhere += [f"{one.relative_to(folder)} (now {own.name})" for one in old]
         with atomic(target) as temporary:
             shutil.copyfile(path, temporary)
-        count += 1
-    return count
+    if elsewhere:
+        log.warning(
+            "%s: an earlier sorting put some into other classes, where they stay: %s", folder, preview(elsewhere)
+        )
+    return len(result.files)
+
+
+def _files_by_name(folder: Path) -> dict[str, list[Path]]:
+    """What lies in the class folders by now."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*/*")):
+        found.setdefault(path.name, []).append(path)
+    return found
+
+
+def _is_copy(path: Path, other: Path) -> bool:
+    try:
+        return filecmp.cmp(path, other, shallow=False)
+    except OSError:  # copying will say what is wrong
+        return False
 
 
 def check_sorting(task: str, source: Source, folder: Path) -> None:
@@ -140,14 +165,17 @@ def folder_names(classes: Sequence[str]) -> list[str]:
     return names
 
 
-def _file_name(name: str, sample_id: str, bases: "Counter[str]") -> str:
-    """The file's own name if no other file has it, else its path as a name, ended by its id against ``a__b/c``."""
+def _file_names(name: str, sample_id: str, bases: "Counter[str]") -> tuple[str, str]:
+    """What to call a copy, and what to call it where another photo lies under that name.
+
+    The file's own name if no other file has it, else its path as a name, ended by its id against ``a__b/c``.
+    """
     path = Path(name)
-    if bases[path.name.lower()] == 1:
-        return path.name
-    flat = "__".join(part for part in path.parts if part not in ("..", "/"))
+    is_only = bases[path.name.lower()] == 1
+    flat = path.name if is_only else "__".join(part for part in path.parts if part not in ("..", "/"))
     stem, suffix = flat[: len(flat) - len(path.suffix)], path.suffix
-    return f"{stem[-150:]}.{sample_id}{suffix}"
+    with_id = f"{stem[-150:]}.{sample_id}{suffix}"
+    return (path.name if is_only else with_id), with_id
 
 
 def _write_csv(path: Path, header: Sequence[str], lines: object) -> None:
