@@ -1,16 +1,19 @@
 """Parts of a big job, made side by side by several processes, are the bytes one process makes."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from octofold import compute, recipe
+from octofold import compute, files, recipe
 from octofold.commands import Infer
 from octofold.errors import UserError
 from octofold.infer import crews, looks, results, shards
 from octofold.nets import models
+from octofold.workers import Job
 from world import CLASSES, make_world
 
 
@@ -67,6 +70,27 @@ def test_only_what_is_missing_is_made(config: Infer, monkeypatch: pytest.MonkeyP
     assert shards.make(crew, shards.plan(crew, source, way, 3), way, 1) == made
     assert Path(made).read_bytes() == bytes_
     assert crews._ready(config.model_dump_json())[0].model_sha == crew.model_sha
+
+
+def test_a_part_made_elsewhere_finds_what_lies_in_the_project_folder(
+    config: Infer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    asked = config.model_copy(update={"images": Path("world/images"), "model": "../model"})
+    crew, source = crews.muster(asked), looks.find(asked.images)
+    way = crews.how(asked, crew)
+
+    def elsewhere(function: Callable[..., str], jobs: list[Job], *_: Any, **__: Any) -> None:
+        monkeypatch.chdir(tmp_path / "there")
+        for job in jobs:
+            function(*job.arguments)
+
+    monkeypatch.setattr(compute, "map_jobs", elsewhere)
+    crews.side_by_side(asked, crew, source, way)
+    assert not shards.plan(crew, source, way, 3).missing()
 
 
 def test_no_model_is_named(config: Infer) -> None:

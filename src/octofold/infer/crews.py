@@ -7,12 +7,15 @@ from typing import Any
 from octofold import compute
 from octofold.commands import Infer
 from octofold.errors import UserError
+from octofold.files import resolve
 from octofold.infer import ensemble, inference, looks, shards
 from octofold.infer.ensemble import Ensemble
 from octofold.infer.inference import How
 from octofold.infer.looks import Source
 from octofold.track import registry, tracking
 from octofold.workers import Job
+
+_STORED = ("models:/", "runs:/")
 
 
 def muster(config: Infer) -> Ensemble:
@@ -31,8 +34,7 @@ def muster(config: Infer) -> Ensemble:
     address = config.model or (f"models:/{config.competition}.blend@{config.stage}" if config.competition else "")
     if not address:
         raise UserError("infer", expected="--model, or --competition with --member", got="neither")
-    is_stored = address.startswith(("models:/", "runs:/"))
-    return ensemble.load(tracking.fetch_uri(address, address) if is_stored else address, device)
+    return ensemble.load(tracking.fetch_uri(address, address) if address.startswith(_STORED) else address, device)
 
 
 def how(config: Infer, crew: Ensemble) -> How:
@@ -49,7 +51,10 @@ def side_by_side(config: Infer, crew: Ensemble, source: Source, way: How) -> Non
     """
     if config.shard is not None or (config.executor == "local" and (config.parallel or 1) == 1):
         return
-    settings = json.dumps(config.model_dump(mode="json") | {"images": str(config.images.absolute())})
+    places = {"images": str(resolve(config.images))}  # as this process finds them: the others may stand elsewhere
+    if config.model and not config.model.startswith(_STORED):
+        places["model"] = str(resolve(config.model))
+    settings = json.dumps(config.model_dump(mode="json") | places)
     jobs = [
         Job(f"part {place}", (settings, place)) for place in shards.plan(crew, source, way, config.shards).missing()
     ]  # fmt: skip
