@@ -19,7 +19,7 @@ from octofold.data.images import PixelSpec, load, square
 from octofold.errors import UserError
 from octofold.infer import combining, ensemble, inference, looks, passes, results, shards
 from octofold.infer.inference import How
-from octofold.nets import models
+from octofold.nets import engine, models
 from octofold.predictions import Predictions
 
 CLASSES = ("red", "green", "blue")
@@ -470,6 +470,21 @@ def test_agreement_is_measured_against_every_view_in_float32(crew: ensemble.Ense
     half = inference.agreement(crew, items, How("geo8", 4, "eager", "bf16"))
     assert 0 < half["agreement/change"] < 0.1
     assert not How(precision="bf16").is_exact
+
+
+def test_agreement_is_that_of_the_engine_the_job_will_have(
+    crew: ensemble.Ensemble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items, real, paid = looks.find(photos(tmp_path / "in", 9)[0].parent).items, engine.make, []
+
+    def make(*arguments: Any) -> Any:
+        paid.append(arguments[4])  # for how many passes the making must pay
+        return real(*arguments)
+
+    monkeypatch.setattr(engine, "make", make)
+    found = inference.agreement(crew, items, How("geo8", 4, "eager", "bf16"), rows=4)
+    assert found["agreement/images"] == 4
+    assert set(paid) == {9 * 8}
 
 
 @pytest.mark.slow

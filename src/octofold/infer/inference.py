@@ -244,6 +244,8 @@ def _signed(voice: Voice, manifest: Manifest, values: Floats, views: str) -> Pre
 def agreement(ensemble: Ensemble, items: Sequence[Item], how: How, rows: int = 64) -> dict[str, float]:
     """Measure what a fast way costs: its labels on the first images against float32 in every view.
 
+    Engines are chosen as for all the images: those of a few would be others than the job's.
+
     Returns:
         ``agreement/labels`` (share of equal labels), ``agreement/change`` (largest change of a probability) and
         ``agreement/images`` (how many were compared).
@@ -256,7 +258,7 @@ def agreement(ensemble: Ensemble, items: Sequence[Item], how: How, rows: int = 6
             "--precision, --early_exit", expected="a classifier", got="a model of points", fix="leave them out"
         )
     plain, fast = (
-        [batch.values for batch in stream(ensemble, items[:rows], one) if len(batch.items)]
+        [batch.values for batch in stream(ensemble, items[:rows], one, len(items)) if len(batch.items)]
         for one in (How(how.views, how.batch_size), how)
     )
     if not plain:
