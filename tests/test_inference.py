@@ -263,6 +263,20 @@ def test_an_equal_command_that_is_done_first_costs_nobody_the_result(
     assert not list((tmp_path / "mlruns").rglob("part-*"))
 
 
+def test_jobs_of_other_shares_or_column_order_have_parts_of_their_own(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "ROOT", tmp_path)
+    source, made = looks.find(folder), tmp_path / "made"
+    for fold in (0, 1):
+        checkpoint(made / f"f{fold}", fold)
+    crews = [ensemble.load_bag([made / f"f{fold}" for fold in folds]) for folds in ((0, 1), (0, 0, 1), (1, 0, 1))]
+    crews += [replace(crews[0], classes=CLASSES[::-1])]
+    works = [shards.plan(crew, source, How("none")).work for crew in crews]
+    assert len(set(works)) == 4
+    assert works[0] == shards.plan(ensemble.load(made), source, How("none", engine="eager")).work
+
+
 def test_nothing_readable_is_an_error(crew: ensemble.Ensemble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "ROOT", tmp_path)
     (tmp_path / "in").mkdir()

@@ -147,13 +147,15 @@ def _key(ensemble: Ensemble, source: Source, how: How, parts: int) -> str:
     for item in source.items:
         stat = os.stat(item.path) if item.path.exists() else None
         files.append([item.name, item.sample_id, str(item.path), *((stat.st_size, stat.st_mtime_ns) if stat else ())])
-    settings = (
-        how.views,
-        how.precision,
-        how.early_exit,
-        how.batch_size,
-    )  # not the engine: every exact one gives the same
-    return sha256_json([ensemble.model_sha, ensemble.name, ensemble.about, *settings, parts, files])[:20]
+    # How often a voice speaks counts too: `model_sha` names a set of weights.
+    bags = sorted(
+        [member, ensemble.voices[place].card.model_sha, share]
+        for member, shares in ensemble.bags.items()
+        for place, share in shares
+    )
+    said = [ensemble.model_sha, ensemble.name, ensemble.about, ensemble.classes, bags]
+    settings = [how.views, how.precision, how.early_exit, how.batch_size]  # any exact engine gives the same
+    return sha256_json([*said, *settings, parts, files])[:20]
 
 
 def _one(ensemble: Ensemble, items: Sequence[Item], how: How, total: int, bar: "tqdm[Any] | None") -> Predictions:
