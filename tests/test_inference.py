@@ -1,6 +1,7 @@
 """Inference: views are exact, memory is bounded, names and ids survive, bad images are named."""
 
 import logging
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -275,6 +276,16 @@ def test_jobs_of_other_shares_or_column_order_have_parts_of_their_own(
     works = [shards.plan(crew, source, How("none")).work for crew in crews]
     assert len(set(works)) == 4
     assert works[0] == shards.plan(ensemble.load(made), source, How("none", engine="eager")).work
+
+
+def test_a_path_that_no_table_can_hold_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    photo = photos(folder, 1)[0]
+    single = tmp_path / os.fsdecode(b"x\xe9.jpg")
+    single.write_bytes(photo.read_bytes())
+    for path in (folder, photo, single):
+        with pytest.raises(UserError, match=r"\\udce9(.|\n)*a name that is not UTF-8"):
+            looks.find(path)
 
 
 def test_nothing_readable_is_an_error(crew: ensemble.Ensemble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

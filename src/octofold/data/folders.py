@@ -10,6 +10,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 COMPANIONS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".md", ".html", ".pdf", ".py",
               ".ipynb", ".zip", ".tar", ".gz", ".tgz", ".parquet", ".arrow", ".db", ".ini")  # fmt: skip
 """Files that lie beside images and that nobody takes for one."""
+NOT_UTF8 = "a name that is not UTF-8"
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -28,21 +29,25 @@ def left_out(folder: Path) -> list[tuple[str, str]]:
         found += [(Path(place, name), "a link to a folder: not followed") for name in linked]
         named = [name for name in files if name.lower().endswith(SUFFIXES)]
         bad = [name for name in named if not _is_text(os.path.join(place, name), folder)]
-        found += [(Path(place, name), "a name that is not UTF-8: rename it") for name in bad]
+        found += [(Path(place, name), f"{NOT_UTF8}: rename it") for name in bad]
         other = [name for name in files if Path(name).suffix and not name.lower().endswith(SUFFIXES + COMPANIONS)]
         found += [(Path(place, name), f"'{Path(name).suffix}' is no suffix of images that we read") for name in other]
     found += [(Path(error.filename), error.strerror or str(error)) for error in closed]
-    return sorted((_told(path.relative_to(folder).as_posix()), why) for path, why in found)
+    return sorted((told(path.relative_to(folder).as_posix()), why) for path, why in found)
 
 
 def _is_text(path: str, folder: Path) -> bool:
+    return is_utf8(path.removeprefix(str(folder)))
+
+
+def is_utf8(path: str) -> bool:
     """Whether a table can hold the path: file names are bytes, and not all of them are UTF-8."""
-    inside = path.removeprefix(str(folder))
-    return _told(inside) == inside
+    return told(path) == path
 
 
-def _told(name: str) -> str:
-    return name.encode("utf-8", "backslashreplace").decode()
+def told(path: str) -> str:
+    """The path as it can be written anywhere."""
+    return path.encode("utf-8", "backslashreplace").decode()
 
 
 def refuse_links(folder: Path) -> None:

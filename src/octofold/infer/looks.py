@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octofold.data.decoding import open_bytes
-from octofold.data.folders import SUFFIXES, find_images, left_out
+from octofold.data.folders import NOT_UTF8, SUFFIXES, find_images, is_utf8, left_out, told
 from octofold.data.images import Frame, PixelSpec, fit, square
 from octofold.data.manifest import ID_LENGTH, Manifest
 from octofold.data.manifest import read as read_manifest
@@ -46,9 +46,13 @@ def find(images: Path | str) -> Source:
     """List the images under a folder (recursively), of a manifest CSV, or the one image given.
 
     Raises:
-        UserError: nothing there, or no image in it.
+        UserError: nothing there, no image in it, or a path that is not UTF-8.
     """
     path = existing(images, "a folder of images, an image, or a manifest (CSV)")
+    if not is_utf8(str(path)):
+        raise UserError(
+            told(str(path)), expected="a path in UTF-8", got=NOT_UTF8, fix="rename it, or copy it elsewhere"
+        )
     if path.is_dir():
         items = [Item(file.relative_to(path).as_posix(), file) for file in find_images(path)]
         other = [Skipped(*found) for found in left_out(path)]
