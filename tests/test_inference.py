@@ -351,7 +351,7 @@ def test_sorting_into_a_folder_used_before_loses_no_photo(
     monkeypatch.setattr(shards, "ROOT", tmp_path)
     monkeypatch.setattr(logging.getLogger("octofold"), "propagate", True)
     target, rng = tmp_path / "sorted", np.random.default_rng(0)
-    for number in range(12):  # two classes at most are needed for two of one name to meet
+    for number in range(12):  # more than classes: some of one name meet
         path = tmp_path / f"in{number}" / "photo.png"
         path.parent.mkdir()
         Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).save(path)
