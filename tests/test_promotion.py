@@ -91,6 +91,19 @@ def test_rollback_restores_exactly_step_by_step(register: Callable[..., None]) -
     ]  # fmt: skip
 
 
+def test_a_newer_version_in_production_leaves_staging_what_was_in_both(register: Callable[..., None]) -> None:
+    register()
+    promote()
+    promote(stage="staging")
+    register()
+    before = everything()
+    promote()
+    assert standing() == {"tiny.f0.s0": 2, "tiny.f1.s0": 2}
+    assert standing("staging") == {"tiny.f0.s0": 1, "tiny.f1.s0": 1}
+    rollback()
+    assert everything() == before
+
+
 def test_rollback_of_one_member_leaves_the_way_back_of_the_other(register: Callable[..., None]) -> None:
     register()
     register(member="other")

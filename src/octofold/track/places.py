@@ -49,9 +49,12 @@ def plan(slot: Slot, stage: str, before: Place) -> Move:
     aliases = {**before.aliases, stage: slot.version}
     records = {**before.records, stage: version}
     stages = {name: ("Archived" if kept == own else kept) for name, kept in before.stages.items()}
-    if stage == "production" and before.aliases.get("staging") == slot.version:
+    staged = before.aliases.get("staging")
+    if stage == "production" and staged == slot.version:
         del aliases["staging"]  # it moves on
         records["staging"] = ""
+    elif stage == "production" and _is_shown(before, str(staged), "staging"):
+        stages[str(staged)] = LEGACY["staging"]  # if it was in both: shown as Production so far
     if not (stage == "staging" and before.stages.get(version) == LEGACY["production"]):
         stages[version] = own
     else:
