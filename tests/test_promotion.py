@@ -225,6 +225,18 @@ def test_a_rollback_cut_half_way_is_finished_by_the_same_command(
     assert standing("staging") == {"tiny.f0.s0": 3, "tiny.f1.s0": 3}
 
 
+def test_rollback_onto_a_deleted_version_moves_nothing(register: Callable[..., None]) -> None:
+    register()
+    promote()
+    register()
+    promote()
+    tracking.client().delete_model_version("pets.tiny.f1.s0", "1")
+    before = everything()
+    with pytest.raises(UserError, match=r"deleted: pets.tiny.f1.s0 version 1; nothing was moved"):
+        rollback()
+    assert everything() == before
+
+
 def test_a_promotion_cut_twice_still_has_its_way_back(
     register: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,6 +87,14 @@ def undone(move: Move, now: Place, stage: str) -> Move:
     return Move(move.name, move.member, move.replaced, move.version, before=move.after, after=after)
 
 
+def new_stages(move: Move, now: Place) -> dict[int, str]:
+    """Return the legacy stages that a move changes and that are not so yet, by version, in the order to write them."""
+    was, wanted = move.before.stages, move.after.stages
+    order = sorted(set(was) | set(wanted), key=lambda number: (wanted.get(number, ""), int(number)))
+    new = {number: wanted.get(number, "None") for number in order}
+    return {int(n): stage for n, stage in new.items() if was.get(n, "None") != stage != now.stages.get(n, "None")}
+
+
 def mirror(place: Place, stage: str) -> int | None:
     """Return the version that MLflow's legacy stages show in `stage`, as `registry.choose` reads them."""
     return max((int(number) for number in place.stages if _is_shown(place, number, stage)), default=None)

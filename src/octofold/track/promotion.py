@@ -13,7 +13,7 @@ from typing import Any
 
 from octofold.errors import UserError, preview, redact
 from octofold.track import registry, tracking, versions
-from octofold.track.places import Move, Place, mirror, place_of, places_of, plan, undone
+from octofold.track.places import Move, Place, mirror, new_stages, place_of, places_of, plan, undone
 from octofold.track.registry import Slot, marker
 from octofold.track.store import uri
 
@@ -204,6 +204,7 @@ def rollback(run: tracking.Run, competition: str, member: str, stage: str) -> li
     for move, now in zip(mine, places, strict=True):
         _check_unmoved(move, now, stage, info.id, was_cut=move.name in cut)
     back = [undone(move, now, stage) for move, now in zip(mine, places, strict=True)]
+    _check_there(back, places)
     run.log_dict({"rolled_back": info.id, "moves": [asdict(move) for move in back]}, UNDONE)
     run.set_tags({"rollback.of": info.id, "rollback.stage": stage})
     _apply(back, places)
@@ -262,14 +263,33 @@ def _apply(moves: Sequence[Move], places: Sequence[Place]) -> None:
         for alias in sorted(set(now.aliases) | set(to.aliases)):
             if now.aliases.get(alias) != to.aliases.get(alias):
                 versions.set_alias(move.name, alias, to.aliases.get(alias))
-        for version in sorted(set(move.before.stages) | set(to.stages), key=lambda v: (to.stages.get(v, ""), int(v))):
-            wanted = to.stages.get(version, "None")
-            if move.before.stages.get(version, "None") != wanted != now.stages.get(version, "None"):
-                versions.set_stage(move.name, int(version), wanted)
+        for version, wanted in new_stages(move, now).items():
+            versions.set_stage(move.name, version, wanted)
         for stage in sorted(set(now.records) | set(to.records)):
             if now.records.get(stage, "") != to.records.get(stage, "") and versions.has_stages():
                 versions.set_model_tag(move.name, marker(stage), to.records.get(stage, ""))
         log.info("%s", move)
+
+
+def _check_there(moves: Sequence[Move], places: Sequence[Place]) -> None:
+    """Refuse, before anything moves, what would end half way: a version to be moved was deleted since.
+
+    Raises:
+        UserError: deleted.
+    """
+    known = {(version.name, int(version.version)) for version in versions.versions_of([move.name for move in moves])}
+    needed = [
+        (move.name, version)
+        for move, now in zip(moves, places, strict=True)
+        for version in sorted({*move.after.aliases.values(), *new_stages(move, now)})
+    ]
+    if gone := [f"{name} version {version}" for name, version in needed if (name, version) not in known]:
+        raise UserError(
+            "rollback",
+            expected="every version that it brings back",
+            got=f"deleted: {preview(gone)}; nothing was moved",
+            fix="promote another version, or train and promote again",
+        )
 
 
 def _begin(run: tracking.Run, stage: str, moves: Sequence[Move]) -> None:
