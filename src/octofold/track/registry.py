@@ -251,14 +251,21 @@ def fetch(slot: Slot) -> Path:
     """Return a local checkpoint folder of a registered version; downloads are kept by the weights' sha256.
 
     Raises:
-        UserError: the version was deleted, or its files are gone.
+        UserError: the version was deleted, or its files are gone or not those registered.
     """
     where = f"{slot.name} version {slot.version}"
-    versions.existing_version(slot.name, slot.version)
-    kept = ROOT / "mlruns" / "cache" / (slot.model_sha or "none")
+    kept = ROOT / "mlruns" / "cache" / kept_as(versions.existing_version(slot.name, slot.version))
     if (kept / "model.json").exists():
         return kept
     folder = find_checkpoint(tracking.fetch_uri(slot.source, where), where)
+    sha = getattr(_card(folder), "model_sha", "")
+    if slot.model_sha and sha != slot.model_sha:
+        raise UserError(
+            where,
+            expected=f"weights with sha256 {slot.model_sha[:12]}",
+            got=f"model.json of {sha[:12] or 'none'}",
+            fix="the stored model was replaced; train the slot again or promote another version",
+        )
     if not slot.source.startswith(("mlflow-artifacts:", "http", "s3:", "gs:")):
         return folder
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -267,6 +274,14 @@ def fetch(slot: Slot) -> Path:
         if not kept.exists():
             whole.rename(kept)
     return kept
+
+
+def kept_as(version: Any) -> str:
+    """Return the folder name a version's download is kept by.
+
+    MLflow's UI registers without tags: then nobody knows the weights' sha256 before they are here.
+    """
+    return version.tags.get("model_sha") or sha256_json([version.name, int(version.version), version.source])
 
 
 def oof(slot: Slot, views: str) -> Predictions | None:
