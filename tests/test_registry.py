@@ -226,6 +226,26 @@ def test_an_alias_goes_with_its_version(register: Register) -> None:
     assert standing() == {}
 
 
+def test_a_promoted_version_that_was_deleted_is_missed_until_the_slot_is_promoted_again(register: Register) -> None:
+    def promote() -> None:
+        with tracking.run("promote", None, "pets") as run:
+            promotion.promote(run, "pets", "tiny", "production", manifest_hash="a" * 64, all_folds=[0, 1])
+
+    first, other = register(), register(fold=1)
+    register()
+    promote()
+    tracking.client().delete_model_version(first.name, "2")
+    with pytest.raises(UserError, match=r"(?s)alias production of pets.tiny.f0.s0.*version 2.*deleted.*promote again"):
+        standing()
+    promote()
+    assert standing() == {first.name: 1, other.name: 1}
+    tracking.client().delete_model_version(first.name, "1")
+    with pytest.raises(UserError, match=r"tag octofold.production"):
+        standing()
+    tracking.client().delete_registered_model_tag(first.name, "octofold.production")
+    assert standing() == {other.name: 1}
+
+
 def test_no_checkpoint_no_version(mlruns: Path, tmp_path: Path) -> None:
     with tracking.run("train.slot", None, "pets") as run, pytest.raises(UserError, match="a checkpoint folder"):
         registry.register_slot(run, tmp_path)

@@ -185,6 +185,7 @@ def resolve(competition: str, stage: str, members: Sequence[str] | None = None) 
         UserError: a slot with two candidates, a version that is gone, or a member asked for that has none here.
     """
     chosen: dict[str, int] = {}
+    emptied: dict[str, int] = {}  # `promote` filled them, and now nobody stands there
     known: dict[tuple[str, int], Any] = {}
     for model in models(competition, members):
         latest = {version.current_stage: version for version in model.latest_versions}
@@ -192,14 +193,20 @@ def resolve(competition: str, stage: str, members: Sequence[str] | None = None) 
         wanted = choose(model, stage, latest)
         if wanted is not None:
             chosen[model.name] = wanted
-    missing = [name for name, version in chosen.items() if (name, version) not in known]
+        elif (record := _number(model.tags.get(marker(stage)))) is not None:
+            emptied[model.name] = record
+    missing = [name for name, version in (emptied | chosen).items() if (name, version) not in known]
     known |= {(version.name, int(version.version)): version for version in versions.versions_of(missing)}
+    for name, version in (emptied | chosen).items():
+        if (name, version) not in known:  # MLflow deletes an alias with its version: only the record tells
+            raise UserError(
+                f"alias {stage} of {name}",
+                expected=f"version {version}",
+                got="deleted",
+                fix=f"promote again; if the slot shall stay empty, delete the registered model's tag {marker(stage)}",
+            )
     found: dict[str, list[Slot]] = {}
     for name, version in chosen.items():
-        if (name, version) not in known:
-            raise UserError(
-                f"alias {stage} of {name}", expected=f"version {version}", got="deleted", fix="promote again"
-            )
         slot = _slot(known[name, version])
         found.setdefault(slot.member, []).append(slot)
     absent = [member for member in members or () if member not in found]
