@@ -13,8 +13,8 @@ from typing import Any
 
 from octofold.errors import UserError, preview, redact
 from octofold.track import registry, tracking, versions
-from octofold.track.places import Move, Place, mirror, new_stages, place_of, places_of, plan, undone
 from octofold.track.registry import Slot, marker
+from octofold.track.standing import Move, Place, mirror, new_stages, place_of, places_of, plan, undone
 from octofold.track.store import uri
 
 log = logging.getLogger("octofold")

@@ -1,4 +1,4 @@
-"""Places: where the versions of a slot stand, what a promotion makes of that, and what undoing it restores."""
+"""Standing: where the versions of a slot stand, what a promotion makes of that, and what undoing it restores."""
 
 import os
 from collections.abc import Mapping, Sequence
