@@ -132,6 +132,21 @@ def test_what_is_promoted_is_what_is_reported(table: Manifest) -> None:
     assert [slot.version for slot in registry.resolve("tiny", "production")["m"]] == [1, 1]
 
 
+def test_a_slot_whose_version_was_deleted_is_trained_again(table: Manifest, caplog: pytest.LogCaptureFixture) -> None:
+    train(table, stage="production")
+    tracking.client().delete_model_version("tiny.m.f1.s0", "1")
+    with pytest.raises(UserError, match="deleted"):
+        registry.resolve("tiny", "production")
+    again = train(table, stage="production")
+    assert "tiny.m.f1.s0/1 was deleted" in caplog.text
+    first, second = again["slots"]
+    assert first == "tiny.m.f0.s0/1"
+    assert [f"{slot.name}/{slot.version}" for slot in registry.resolve("tiny", "production")["m"]] == [first, second]
+    caplog.clear()
+    assert train(table)["slots"] == again["slots"]
+    assert "deleted" not in caplog.text
+
+
 def test_the_member_shows_the_score_of_the_last_call_and_of_which_slots(table: Manifest) -> None:
     few = train(table, folds=[0])
     every = train(table)

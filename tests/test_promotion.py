@@ -91,6 +91,19 @@ def test_rollback_restores_exactly_step_by_step(register: Callable[..., None]) -
     ]  # fmt: skip
 
 
+def test_a_newer_version_in_production_leaves_staging_what_was_in_both(register: Callable[..., None]) -> None:
+    register()
+    promote()
+    promote(stage="staging")
+    register()
+    before = everything()
+    promote()
+    assert standing() == {"tiny.f0.s0": 2, "tiny.f1.s0": 2}
+    assert standing("staging") == {"tiny.f0.s0": 1, "tiny.f1.s0": 1}
+    rollback()
+    assert everything() == before
+
+
 def test_rollback_of_one_member_leaves_the_way_back_of_the_other(register: Callable[..., None]) -> None:
     register()
     register(member="other")
@@ -121,6 +134,107 @@ def test_nor_the_choice_somebody_made_by_mlflows_stage(register: Callable[..., N
     with pytest.raises(UserError, match="MLflow stage on version 3, moved since"):
         rollback()
     assert standing() == {"tiny.f0.s0": 3, "tiny.f1.s0": 2}
+
+
+def test_rollback_of_staging_leaves_production_to_what_moved_on_to_it(register: Callable[..., None]) -> None:
+    register()
+    promote()
+    register()
+    promote(stage="staging")
+    promote()  # staging moves on, and is as empty as before
+    before = everything()
+    with pytest.raises(UserError, match="version none, moved since"):
+        rollback(stage="staging")
+    assert everything() == before
+    rollback()
+    rollback(stage="staging")
+    assert standing() == {"tiny.f0.s0": 1, "tiny.f1.s0": 1}
+
+
+def test_rollback_of_production_leaves_what_was_staged_since(register: Callable[..., None]) -> None:
+    register()
+    promote()
+    register()
+    promote(stage="staging")
+    promote()
+    register()
+    promote(stage="staging")
+    rollback()
+    assert standing() == {"tiny.f0.s0": 1, "tiny.f1.s0": 1}
+    assert standing("staging") == {"tiny.f0.s0": 3, "tiny.f1.s0": 3}
+    assert everything()["pets.tiny.f0.s0"] == (
+        {"production": 1, "staging": 3},
+        {"competition": "pets", "octofold.production": "1", "octofold.staging": "3"},
+        [(1, "Production"), (2, "Archived"), (3, "Staging")],
+    )
+    rollback(stage="staging")
+    assert standing() == {"tiny.f0.s0": 1, "tiny.f1.s0": 1}
+    assert standing("staging") == {}
+
+
+def test_rollback_of_production_leaves_its_version_in_staging_if_it_was_put_there_since(
+    register: Callable[..., None],
+) -> None:
+    register()
+    promote()
+    register()
+    promote()
+    promote(stage="staging")
+    rollback()
+    assert standing() == {"tiny.f0.s0": 1, "tiny.f1.s0": 1}
+    assert standing("staging") == {"tiny.f0.s0": 2, "tiny.f1.s0": 2}
+
+
+def test_rollback_of_staging_leaves_what_was_put_in_production_since(register: Callable[..., None]) -> None:
+    register()
+    promote()
+    promote(stage="staging")  # one version in both
+    register()
+    promote(stage="staging")
+    register()
+    promote()
+    assert standing("staging") == {"tiny.f0.s0": 2, "tiny.f1.s0": 2}
+    rollback(stage="staging")
+    assert standing() == {"tiny.f0.s0": 3, "tiny.f1.s0": 3}
+    assert standing("staging") == {"tiny.f0.s0": 1, "tiny.f1.s0": 1}
+
+
+def test_a_rollback_cut_half_way_is_finished_by_the_same_command(
+    register: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register()
+    promote()
+    register()
+    promote()
+    register()
+    promote(stage="staging")
+
+    def cut(name: str, alias: str, version: int | None) -> None:
+        if name == "pets.tiny.f1.s0":
+            raise KeyboardInterrupt
+        real(name, alias, version)
+
+    real = versions.set_alias
+    with monkeypatch.context() as patch:
+        patch.setattr(versions, "set_alias", cut)
+        with pytest.raises(KeyboardInterrupt):
+            rollback()
+    assert standing() == {"tiny.f0.s0": 1, "tiny.f1.s0": 2}
+    rollback()
+    assert standing() == {"tiny.f0.s0": 1, "tiny.f1.s0": 1}
+    assert standing("staging") == {"tiny.f0.s0": 3, "tiny.f1.s0": 3}
+
+
+def test_rollback_onto_a_deleted_version_moves_nothing(register: Callable[..., None]) -> None:
+    register()
+    promote()
+    register()
+    promote()
+    tracking.client().delete_model_version("pets.tiny.f1.s0", "1")
+    before = everything()
+    with pytest.raises(UserError, match=r"deleted: pets.tiny.f1.s0 version 1; nothing was moved"):
+        rollback()
+    assert everything() == before
 
 
 def test_a_promotion_cut_twice_still_has_its_way_back(

@@ -1,16 +1,17 @@
 """Slots: registered whole or not at all, once, and found in a stage by alias or by MLflow's stage."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import servers
 from octofold.errors import UserError
-from octofold.files import sha256_file, write_json
+from octofold.files import read_json, sha256_file, write_json
 from octofold.predictions import Predictions
-from octofold.track import promotion, registry, tracking, versions
+from octofold.track import promotion, registry, storage, tracking, versions
 from octofold.track.registry import Slot
 
 Register = Callable[..., Slot]
@@ -171,6 +172,43 @@ def test_members_are_told_apart_by_name_not_pattern(register: Register) -> None:
         registry.resolve("pets", "production", ["nobody"])
 
 
+@pytest.fixture
+def served(mlruns: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A server, so that what is fetched is kept in the house."""
+    monkeypatch.setattr(registry, "ROOT", mlruns.parent)
+    server = servers.MlflowServer(f"sqlite:///{mlruns / 'mlflow.db'}", tmp_path).start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+    yield
+    server.stop()
+
+
+@pytest.mark.slow
+def test_versions_registered_by_hand_are_kept_apart(
+    served: None, mlruns: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for fold in (0, 1):
+        name = registry.slot_name("hand", "tiny", fold, 0)
+        with tracking.run("train.slot", None, "hand") as run:
+            run.log_artifacts(checkpoint(tmp_path / str(fold), fold=fold), "model")
+            versions.ensure_registered(name, {})
+            made = tracking.client().create_model_version(name, f"{run.artifact_uri}/model", run_id=run.id)
+        versions.set_alias(name, "production", made.version)  # without tags, as MLflow's UI does
+    kept = [registry.fetch(slot) for slot in registry.resolve("hand", "production")["tiny"] * 2]
+    assert [read_json(folder / "model.json")["fold"] for folder in kept] == [0, 1, 0, 1]
+    assert {folder.parent for folder in kept} == {mlruns / "cache"}
+    assert kept[:2] == kept[2:]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{mlruns / 'mlflow.db'}")
+    assert not [item for item in storage.rubbish() if "cache" in item.path.parts]
+
+
+def test_weights_that_are_not_the_ones_registered_are_refused(register: Register, mlruns: Path) -> None:
+    slot = register()
+    (card,) = mlruns.rglob("model.json")
+    write_json(card, read_json(card) | {"model_sha": "f" * 64})
+    with pytest.raises(UserError, match=r"(?s)version 1.*model.json of ffffffffffff"):
+        registry.fetch(slot)
+
+
 def test_deleted_under_the_reader(register: Register, mlruns: Path) -> None:
     slot, other = register(), register(fold=1)
     tracking.client().delete_registered_model(slot.name)
@@ -186,6 +224,26 @@ def test_an_alias_goes_with_its_version(register: Register) -> None:
     place(slot, alias="production")
     tracking.client().delete_model_version(slot.name, "1")
     assert standing() == {}
+
+
+def test_a_promoted_version_that_was_deleted_is_missed_until_the_slot_is_promoted_again(register: Register) -> None:
+    def promote() -> None:
+        with tracking.run("promote", None, "pets") as run:
+            promotion.promote(run, "pets", "tiny", "production", manifest_hash="a" * 64, all_folds=[0, 1])
+
+    first, other = register(), register(fold=1)
+    register()
+    promote()
+    tracking.client().delete_model_version(first.name, "2")
+    with pytest.raises(UserError, match=r"(?s)alias production of pets.tiny.f0.s0.*version 2.*deleted.*promote again"):
+        standing()
+    promote()
+    assert standing() == {first.name: 1, other.name: 1}
+    tracking.client().delete_model_version(first.name, "1")
+    with pytest.raises(UserError, match=r"tag octofold.production"):
+        standing()
+    tracking.client().delete_registered_model_tag(first.name, "octofold.production")
+    assert standing() == {other.name: 1}
 
 
 def test_no_checkpoint_no_version(mlruns: Path, tmp_path: Path) -> None:

@@ -6,15 +6,15 @@ promotion that was cut can be finished by the same command, or undone by ``--rol
 
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import cache, partial
 from typing import Any
 
 from octofold.errors import UserError, preview, redact
 from octofold.track import registry, tracking, versions
-from octofold.track.registry import LEGACY, Slot, marker
+from octofold.track.registry import Slot, marker
+from octofold.track.standing import Move, Place, mirror, new_stages, place_of, places_of, plan, undone
 from octofold.track.store import uri
 
 log = logging.getLogger("octofold")
@@ -22,38 +22,7 @@ STATE = "promotion.state"
 """Tag of an audited run: ``started``, ``done``, ``unchanged``, ``superseded`` by the one that finished it, or
 ``rolled_back``."""
 AUDIT = "promotion.json"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the versions of one registered model stand: all that a promotion may change.
-
-    Attributes:
-        aliases: version by alias (`staging`, `production`), of those that are set.
-        records: what `promote` last set, by stage.
-        stages: legacy stage by version, of the latest version in each stage but "None". Where somebody put two in one,
-            the lower stays as it is: nobody resolves to it.
-    """
-
-    aliases: dict[str, int] = field(default_factory=dict)
-    records: dict[str, str] = field(default_factory=dict)
-    stages: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Move:
-    """One slot's step: from `before` to `after`, putting `version` in the stage in place of `replaced`."""
-
-    name: str
-    member: str
-    version: int | None
-    replaced: int | None
-    before: Place
-    after: Place
-
-    def __str__(self) -> str:
-        new, old = (f"version {number}" if number else "nothing" for number in (self.version, self.replaced))
-        return f"{self.name}: {new} replaces {old}" if new != old else f"{self.name}: {new} stays"
+UNDONE = "rollback.json"
 
 
 def promote(
@@ -109,7 +78,7 @@ def promote(
             raise UserError(f"member '{name}'", expected="slots among those folds and seeds", got="none")
         mine += [slot for slot in others if slot.member == name]
         check(name, mine, stage, manifest_hash, all_folds, seeds, force)
-    moves = [_plan(slot, stage, place) for slot, place in chosen]
+    moves = [plan(slot, stage, place) for slot, place in chosen]
     moves, unfinished = _since_unfinished(competition, stage, moves)
     _begin(run, stage, moves)
     for run_id in unfinished:  # only now: cut in between, there would be no way back to what was before
@@ -128,7 +97,7 @@ def newest(competition: str, member: str, manifest_hash: str | None = None) -> l
     """
     listed = registry.models(competition, [member] if member else None)
     slots = registry.newest_on(listed, manifest_hash)
-    return [(slot, _place(model)) for model, slot in zip(listed, slots, strict=True) if slot is not None]
+    return [(slot, place_of(model)) for model, slot in zip(listed, slots, strict=True) if slot is not None]
 
 
 def _exactly(
@@ -214,6 +183,8 @@ def check(
 def rollback(run: tracking.Run, competition: str, member: str, stage: str) -> list[Move]:
     """Undo the last promotion to `stage` (of `member`, or whichever was last), exactly; again undoes the one before.
 
+    What somebody put in the other stage since stays there.
+
     Raises:
         UserError: nothing to undo, or somebody moved things since by hand.
     """
@@ -228,12 +199,14 @@ def rollback(run: tracking.Run, competition: str, member: str, stage: str) -> li
         )
     info, moves = fitting[0]
     mine = [move for move in moves if not member or move.member == member]
-    places = _places_of([move.name for move in mine])
+    places = places_of([move.name for move in mine])
+    cut = {move.name for move in mine} if info.tags[STATE] == "started" else _begun_to_undo(competition, info.id)
     for move, now in zip(mine, places, strict=True):
-        _check_unmoved(move, now, stage, info.id)
-    back = [Move(m.name, m.member, m.replaced, m.version, before=m.after, after=m.before) for m in mine]
+        _check_unmoved(move, now, stage, info.id, was_cut=move.name in cut)
+    back = [undone(move, now, stage) for move, now in zip(mine, places, strict=True)]
+    _check_there(back, places)
+    run.log_dict({"rolled_back": info.id, "moves": [asdict(move) for move in back]}, UNDONE)
     run.set_tags({"rollback.of": info.id, "rollback.stage": stage})
-    run.log_dict({"rolled_back": info.id, "moves": [asdict(move) for move in back]}, "rollback.json")
     _apply(back, places)
     rest = [move for move in moves if move not in mine]
     api = tracking.client()
@@ -244,22 +217,31 @@ def rollback(run: tracking.Run, competition: str, member: str, stage: str) -> li
     return back
 
 
-def _check_unmoved(move: Move, now: Place, stage: str, run_id: str) -> None:
+def _begun_to_undo(competition: str, run_id: str) -> set[str]:
+    """Return the registered models that an earlier rollback of this promotion was about: it was cut, maybe half way."""
+    found = tracking.find_runs(competition, {"rollback.of": run_id})
+    stored = [json.loads(tracking.download(info.id, UNDONE).read_text(encoding="utf-8")) for info in found]
+    return {move["name"] for entry in stored for move in entry["moves"]}
+
+
+def _check_unmoved(move: Move, now: Place, stage: str, run_id: str, *, was_cut: bool) -> None:
     """Refuse to undo a move after which somebody moved the alias, or the legacy stage, to another version.
 
-    What is as it was before is taken for a rollback that was cut.
+    What is as it was before is fine if the promotion, or a rollback of it, was cut. Else it was moved: a version that
+    went from staging on to production leaves staging as empty as it was before.
 
     Raises:
         UserError: moved since.
     """
-    alias, mirror = now.aliases.get(stage), _mirror(now, stage)
+    alias, staged = now.aliases.get(stage), mirror(now, stage)
     is_whole = alias == move.after.aliases.get(stage) and now.records.get(stage, "") == move.after.records[stage]
-    mirrors = [_mirror(move.after, stage)] + ([] if is_whole else [_mirror(move.before, stage), None])
+    mirrors = [mirror(move.after, stage)] + ([] if is_whole else [mirror(move.before, stage), None])
+    aliases = [move.after.aliases.get(stage)] + ([move.before.aliases.get(stage)] if was_cut else [])
     odd = None
-    if alias not in (move.after.aliases.get(stage), move.before.aliases.get(stage)):
+    if alias not in aliases:
         odd = f"version {alias or 'none'}"
-    elif versions.has_stages() and mirror not in mirrors:
-        odd = f"MLflow stage on version {mirror or 'none'}"
+    elif versions.has_stages() and staged not in mirrors:
+        odd = f"MLflow stage on version {staged or 'none'}"
     if odd:
         raise UserError(
             f"{move.name}, {stage}",
@@ -267,42 +249,6 @@ def _check_unmoved(move: Move, now: Place, stage: str, run_id: str) -> None:
             got=f"{odd}, moved since",
             fix="promote or move it by hand; a rollback would undo somebody else's choice",
         )
-
-
-def _mirror(place: Place, stage: str) -> int | None:
-    return max((int(version) for version, kept in place.stages.items() if kept == LEGACY[stage]), default=None)
-
-
-def _plan(slot: Slot, stage: str, before: Place) -> Move:
-    """What the slot's registered model shall look like after `slot.version` moved to `stage`."""
-    version, own = str(slot.version), LEGACY[stage]
-    aliases = {**before.aliases, stage: slot.version}
-    records = {**before.records, stage: version}
-    stages = {name: ("Archived" if kept == own else kept) for name, kept in before.stages.items()}
-    if stage == "production" and before.aliases.get("staging") == slot.version:
-        del aliases["staging"]  # it moves on
-        records["staging"] = ""
-    if not (stage == "staging" and before.stages.get(version) == LEGACY["production"]):
-        stages[version] = own
-    else:
-        stages[version] = LEGACY["production"]  # one version in both: MLflow has room for one legacy stage
-    return Move(
-        slot.name, slot.member, slot.version, before.aliases.get(stage), before, Place(aliases, records, stages)
-    )
-
-
-def _places_of(names: Sequence[str]) -> list[Place]:
-    """Read where things stand, for each registered model asked for: one listing."""
-    listed = {model.name: model for model in versions.registered_models(os.path.commonprefix(list(names)))}
-    return [_place(listed.get(name) or versions.registered_model(name)) for name in names]
-
-
-def _place(model: Any) -> Place:
-    return Place(
-        aliases={alias: int(version) for alias, version in model.aliases.items() if alias in LEGACY},
-        records={stage: model.tags[marker(stage)] for stage in LEGACY if marker(stage) in model.tags},
-        stages={str(v.version): v.current_stage for v in model.latest_versions if v.current_stage != "None"},
-    )
 
 
 def _apply(moves: Sequence[Move], places: Sequence[Place]) -> None:
@@ -317,14 +263,33 @@ def _apply(moves: Sequence[Move], places: Sequence[Place]) -> None:
         for alias in sorted(set(now.aliases) | set(to.aliases)):
             if now.aliases.get(alias) != to.aliases.get(alias):
                 versions.set_alias(move.name, alias, to.aliases.get(alias))
-        for version in sorted(set(move.before.stages) | set(to.stages), key=lambda v: (to.stages.get(v, ""), int(v))):
-            wanted = to.stages.get(version, "None")
-            if move.before.stages.get(version, "None") != wanted != now.stages.get(version, "None"):
-                versions.set_stage(move.name, int(version), wanted)
+        for version, wanted in new_stages(move, now).items():
+            versions.set_stage(move.name, version, wanted)
         for stage in sorted(set(now.records) | set(to.records)):
             if now.records.get(stage, "") != to.records.get(stage, "") and versions.has_stages():
                 versions.set_model_tag(move.name, marker(stage), to.records.get(stage, ""))
         log.info("%s", move)
+
+
+def _check_there(moves: Sequence[Move], places: Sequence[Place]) -> None:
+    """Refuse, before anything moves, what would end half way: a version to be moved was deleted since.
+
+    Raises:
+        UserError: deleted.
+    """
+    known = {(version.name, int(version.version)) for version in versions.versions_of([move.name for move in moves])}
+    needed = [
+        (move.name, version)
+        for move, now in zip(moves, places, strict=True)
+        for version in sorted({*move.after.aliases.values(), *new_stages(move, now)})
+    ]
+    if gone := [f"{name} version {version}" for name, version in needed if (name, version) not in known]:
+        raise UserError(
+            "rollback",
+            expected="every version that it brings back",
+            got=f"deleted: {preview(gone)}; nothing was moved",
+            fix="promote another version, or train and promote again",
+        )
 
 
 def _begin(run: tracking.Run, stage: str, moves: Sequence[Move]) -> None:

@@ -185,6 +185,7 @@ def resolve(competition: str, stage: str, members: Sequence[str] | None = None) 
         UserError: a slot with two candidates, a version that is gone, or a member asked for that has none here.
     """
     chosen: dict[str, int] = {}
+    emptied: dict[str, int] = {}  # `promote` filled them, and now nobody stands there
     known: dict[tuple[str, int], Any] = {}
     for model in models(competition, members):
         latest = {version.current_stage: version for version in model.latest_versions}
@@ -192,14 +193,20 @@ def resolve(competition: str, stage: str, members: Sequence[str] | None = None) 
         wanted = choose(model, stage, latest)
         if wanted is not None:
             chosen[model.name] = wanted
-    missing = [name for name, version in chosen.items() if (name, version) not in known]
+        elif (record := _number(model.tags.get(marker(stage)))) is not None:
+            emptied[model.name] = record
+    missing = [name for name, version in (emptied | chosen).items() if (name, version) not in known]
     known |= {(version.name, int(version.version)): version for version in versions.versions_of(missing)}
+    for name, version in (emptied | chosen).items():
+        if (name, version) not in known:  # MLflow deletes an alias with its version: only the record tells
+            raise UserError(
+                f"alias {stage} of {name}",
+                expected=f"version {version}",
+                got="deleted",
+                fix=f"promote again; if the slot shall stay empty, delete the registered model's tag {marker(stage)}",
+            )
     found: dict[str, list[Slot]] = {}
     for name, version in chosen.items():
-        if (name, version) not in known:
-            raise UserError(
-                f"alias {stage} of {name}", expected=f"version {version}", got="deleted", fix="promote again"
-            )
         slot = _slot(known[name, version])
         found.setdefault(slot.member, []).append(slot)
     absent = [member for member in members or () if member not in found]
@@ -251,14 +258,21 @@ def fetch(slot: Slot) -> Path:
     """Return a local checkpoint folder of a registered version; downloads are kept by the weights' sha256.
 
     Raises:
-        UserError: the version was deleted, or its files are gone.
+        UserError: the version was deleted, or its files are gone or not those registered.
     """
     where = f"{slot.name} version {slot.version}"
-    versions.existing_version(slot.name, slot.version)
-    kept = ROOT / "mlruns" / "cache" / (slot.model_sha or "none")
+    kept = ROOT / "mlruns" / "cache" / kept_as(versions.existing_version(slot.name, slot.version))
     if (kept / "model.json").exists():
         return kept
     folder = find_checkpoint(tracking.fetch_uri(slot.source, where), where)
+    sha = getattr(_card(folder), "model_sha", "")
+    if slot.model_sha and sha != slot.model_sha:
+        raise UserError(
+            where,
+            expected=f"weights with sha256 {slot.model_sha[:12]}",
+            got=f"model.json of {sha[:12] or 'none'}",
+            fix="the stored model was replaced; train the slot again or promote another version",
+        )
     if not slot.source.startswith(("mlflow-artifacts:", "http", "s3:", "gs:")):
         return folder
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -267,6 +281,14 @@ def fetch(slot: Slot) -> Path:
         if not kept.exists():
             whole.rename(kept)
     return kept
+
+
+def kept_as(version: Any) -> str:
+    """Return the folder name a version's download is kept by.
+
+    MLflow's UI registers without tags: then nobody knows the weights' sha256 before they are here.
+    """
+    return version.tags.get("model_sha") or sha256_json([version.name, int(version.version), version.source])
 
 
 def oof(slot: Slot, views: str) -> Predictions | None:

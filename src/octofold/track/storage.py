@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from octofold.errors import UserError, preview
-from octofold.track import tracking, versions
+from octofold.track import registry, tracking, versions
 from octofold.track.store import database, lock_file, locked, pages, uri
 
 log = logging.getLogger("octofold")
@@ -154,7 +154,7 @@ def rubbish(work_days: float = 7.0) -> list[Rubbish]:
     ids = [experiment.experiment_id for experiment in listed]
     runs = pages(lambda token: api.search_runs(ids, run_view_type=_ALL, max_results=1000, page_token=token))
     kept = versions.versions_of([model.name for model in versions.registered_models("")])
-    needed, shas = {version.run_id for version in kept}, {version.tags.get("model_sha") for version in kept}
+    needed, shas = {version.run_id for version in kept}, {registry.kept_as(version) for version in kept}
     found = [
         Rubbish(folder, "run deleted in MLflow", _size(folder), run.info.run_id)
         for run in runs

@@ -45,6 +45,12 @@ def existing_version(name: str, version: int) -> Any:
     return _asked(lambda: client().get_model_version(name, str(version)), f"{name} version {version}")
 
 
+def is_there(named: str, run_id: str) -> bool:
+    """Tell whether ``<registered name>/<version>`` of this run was not deleted (another may bear its number since)."""
+    name, _, number = named.rpartition("/")
+    return any(int(version.version) == int(number) for version in versions_of([name], f"run_id = '{run_id}'"))
+
+
 def registered_model(name: str) -> Any:
     """Return a registered model with its aliases and tags.
 

@@ -30,7 +30,7 @@ from octofold.nets.models import read_card
 from octofold.nets.tasks import make_task
 from octofold.predictions import Predictions, average, concatenate
 from octofold.recipe import Recipe
-from octofold.track import leases, promotion, registry, tracking
+from octofold.track import leases, promotion, registry, tracking, versions
 from octofold.track.leases import Lessee
 from octofold.track.outage import patiently
 from octofold.track.provenance import outlive
@@ -101,16 +101,16 @@ def train(config: Train) -> dict[str, Any]:
         parts: dict[int, list[dict[str, Predictions]]] = {}
         for (_, seed), (oof, _) in filled.items():
             parts.setdefault(seed, []).append(oof)
-        versions = [version for _, version in filled.values()]
+        slots = [version for _, version in filled.values()]
         metrics = _score(recipe, table, parts, parent)
         _log_latest(parent, metrics)
         parent.set_tags({"folds": ",".join(map(str, folds)), "seeds": ",".join(map(str, config.seeds))})
         if config.stage:
             promotion.promote(
                 parent, table.competition, recipe.member, config.stage,
-                manifest_hash=table.hash, all_folds=table.folds, filled=[version for version in versions if version],
+                manifest_hash=table.hash, all_folds=table.folds, filled=[version for version in slots if version],
             )  # fmt: skip
-    return {"run_id": parent.id, "member": recipe.member, "slots": versions, **metrics}
+    return {"run_id": parent.id, "member": recipe.member, "slots": slots, **metrics}
 
 
 def _accompany(recipe: Recipe, table: Manifest, devices: Devices) -> NoReturn:
@@ -236,9 +236,15 @@ def _runs(call: Call, fold: int, seed: int) -> list[RunInfo]:
     return [run for run in found if not call.config.restart or run.tags.get("mlflow.parentRunId") == call.parent_id]
 
 
-def _filled(runs: Sequence[RunInfo]) -> RunInfo | None:
+def _closed(runs: Sequence[RunInfo]) -> RunInfo | None:
     """The run that filled the slot: a run is closed as finished after its model was registered, not before."""
     return runs[0] if runs and runs[0].status == "FINISHED" and "registered" in runs[0].tags else None
+
+
+def _filled(runs: Sequence[RunInfo]) -> RunInfo | None:
+    """The run that filled the slot, if the version it registered is still there."""
+    run = _closed(runs)
+    return run if run is not None and versions.is_there(run.tags["registered"], run.id) else None
 
 
 def _fill(call: Call, fold: int, seed: int) -> Filled | None:
@@ -255,6 +261,8 @@ def _fill(call: Call, fold: int, seed: int) -> Filled | None:
         _check_views(call.recipe, done.tags["registered"], oof)
         _discard(folder)
         return oof, done.tags["registered"]
+    if (closed := _closed(runs)) is not None:
+        log.warning("fold %d seed %d: %s was deleted, so it is trained again", fold, seed, closed.tags["registered"])
     resume = runs[0].id if runs and (folder.exists() or runs[0].status != "FINISHED") else None
     if resume and runs[0].status == "RUNNING":
         outlive(runs[0].tags)
