@@ -211,6 +211,7 @@ def test_a_batch_too_small_for_all_processes_is_refused(home: Path) -> None:
         ("metric", {"metric": "mse"}),
         ("classes", {"classes": ["oak"]}),
         ("views", {"tta": "geo16"}),
+        ("head: heatmap", {"model": {"name": "small_cnn", "input_size": 16, "head": "heatmap"}}),
     ],
 )
 def test_mistakes_are_told(home: Path, where: str, changes: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from octofold.compute import Devices
 from octofold.files import ROOT, read_json, sha256_json, write_json
 from octofold.nets.models import Net
 from octofold.recipe import Recipe
@@ -67,6 +68,24 @@ def choose(recipe: Recipe, net: Net, device: torch.device, steps: int = 0) -> di
         best, _, gain = _fastest(recipe, net, device, [best, *compiled], steps)
         speedup *= gain
     return best | rest | {"speedup": round(speedup, 3)}
+
+
+def settle(
+    saved: dict[str, Any] | None, recipe: Recipe, net: Net, devices: Devices, size: tuple[int, int]
+) -> dict[str, Any]:
+    """Return what the checkpoint `saved` was made with, else the fastest way found; the same in all processes.
+
+    Args:
+        saved: the checkpoint, or None.
+        recipe, net: as in `choose`.
+        devices: the main process chooses.
+        size: folds of the manifest, and rows trained on, for `steps_of`.
+    """
+    if saved is not None:
+        torch.set_num_threads(saved["runtime"]["threads"])  # the number of threads decides the order of sums
+        return dict(saved["runtime"])
+    found = choose(recipe, net, devices.device, steps_of(recipe, *size)) if devices.is_main else {}
+    return dict(devices.from_main(found))
 
 
 def steps_of(recipe: Recipe, folds: int, rows: int) -> int:
