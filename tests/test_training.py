@@ -227,6 +227,15 @@ def test_a_diverging_loss_names_step_and_remedy(home: Path) -> None:
     assert not (home / "slot" / "done.json").exists()
 
 
+def test_a_metric_that_the_fold_cannot_give_is_told_not_obeyed(home: Path) -> None:
+    table = make_world(home, samples=36)
+    table.table.loc[table.fold == 0, "label"] = "ash"
+    with pytest.raises(UserError, match=r"metric auc(.|\n)*fold 0 lacks what auc needs(.|\n)*--metric"):
+        train(home, table, metric="auc", phases=[{"epochs": 2}])
+    last = train(home, table, "last", metric="auc", select="last", phases=[{"epochs": 2}])
+    assert np.isnan(last.history["valid/auc"]).all(), "nothing is chosen by it"
+
+
 def test_an_overflowing_gradient_skips_its_step(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 

@@ -198,6 +198,12 @@ class Recipe(Section):
             )
         return self
 
+    @property
+    def needs_metric(self) -> bool:
+        """Whether the metric of an epoch decides anything while training."""
+        plateau = any(phase.schedule == "plateau" for phase in self.phases)
+        return self.select == "best" or self.early_stop is not None or plateau
+
     def smells(self) -> list[str]:
         """Say what is allowed here but seldom meant; train reports it."""
         found = []
