@@ -125,6 +125,20 @@ def test_cached_features_equal_the_plain_way(home: Path, monkeypatch: pytest.Mon
         assert np.allclose(predictions.values, plain.oof[views].values, atol=1e-5)
 
 
+def test_cached_features_leave_out_the_points_that_the_crop_leaves_out(home: Path) -> None:
+    table = make_world(home, samples=18, task="keypoints")
+    table.table.loc[table.fold == 1, "tip_x"] = -3.0  # as left of a photo's centre square
+    targets = []
+    for train_what in ("all", "head"):
+        recipe = recipe_of(phases=[{"epochs": 1, "train": train_what}])
+        made = job.open_job(recipe, table, 0, 0, home / "slot", Devices(torch.device("cpu")))
+        (micro,) = job.enter(made, 0).batches.load(0, 0, 0)
+        targets.append(micro.target)
+    plain, cached = targets
+    assert torch.isfinite(plain).any() and torch.isnan(plain[(made.unit_target[micro.rows] < 0).any((1, 2))]).all()
+    assert torch.allclose(plain, cached, atol=1e-5, equal_nan=True)
+
+
 def test_features_of_replicas_are_made_anew_when_the_augmentation_changed(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,7 @@ from octofold.nets import models
 from octofold.nets.tasks import Task, balanced_weights, make_task, sample_weights
 from octofold.recipe import Phase, Recipe
 from octofold.train import calibration, checkpoint, distill, harden, machine, optim
-from octofold.train.batches import BLOCK, Batches, Features, Order, Pixels, seed_of
+from octofold.train.batches import BLOCK, Batches, Features, Order, Pixels, seed_of, within_square
 from octofold.train.features import FrozenTrunk
 
 log = logging.getLogger("octofold")
@@ -297,7 +297,7 @@ def enter(job: Job, number: int) -> Part:
     if _is_cacheable(job, preset, phase):
         features = _features(job)
         drawn = features if preset == "none" else _features(job, str(preset), phase.replicas)
-        source = Features(drawn, job.unit_target)
+        source = Features(drawn, within_square(job.unit_target))
         job.net.to(memory_format=job.layout)  # an engine may have laid the weights out otherwise
     groups = optim.parameter_groups(
         job.net, recipe.optim, head_only, models.depths(job.net) if recipe.optim.layer_decay < 1 else None
