@@ -302,6 +302,17 @@ def test_early_stopping_counts_epochs_without_gain(home: Path) -> None:
     assert len(result.history) < 30
 
 
+def test_a_phase_that_stops_gaining_makes_room_for_the_next(home: Path) -> None:
+    table = make_world(home, samples=36)
+    still = {"lr": 1e-9, "schedule": "constant"}
+    phases = [{"name": "probe", "epochs": 9, "train": "head", **still}, {"name": "tune", "epochs": 2, "lr": 3e-3}]
+    result = train(home, table, phases=phases, early_stop=2)
+    assert list(result.history["phase"]) == ["probe"] * 3 + ["tune"] * 2
+    swa = {"kind": "swa", "start_epoch": 3}  # the epochs that trained the trunk: its statistics are counted afresh
+    averaged = weights(train(home, table, "swa", phases=phases, early_stop=2, average=swa, select="last"))
+    assert {int(value) for name, value in averaged.items() if name.endswith("num_batches_tracked")} == {1}
+
+
 def test_stop_files_from_before_are_forgotten(home: Path) -> None:
     (home / "stop").touch()
     interrupt.clear([home])

@@ -171,7 +171,9 @@ class Recipe(Section):
     select: Literal["best", "last"] = Field(
         "best", description="checkpoint kept: best validation metric (flatters its own fold a little) or the last"
     )
-    early_stop: int | None = Field(None, ge=1, description="epochs without gain before stopping; null = never")
+    early_stop: int | None = Field(
+        None, ge=1, description="epochs of a phase without gain before it ends and the next begins; null = never"
+    )
     tta: str = Field("geo8", description="views the OOF is predicted with: none, flip, geo4, geo8, geo8_original")
     classes: list[str] = Field(
         [], description="train and validate on these classes' samples alone: a pair expert. OOF still covers all rows"
