@@ -194,6 +194,14 @@ def test_averaged_weights_keep_the_statistics_of_a_frozen_trunk(home: Path, head
     assert all(bool(moved[name].any()) for name in means)
 
 
+def test_a_head_phase_is_scored_with_the_averaged_trunk_it_leaves(home: Path) -> None:
+    table = make_world(home, samples=36)
+    phases = [{"epochs": 2, "lr": 0.02}, {"name": "head", "epochs": 1, "train": "head", "lr": 1e-5}]
+    ema = {"kind": "ema", "decay": 0.95}
+    result = train(home, table, phases=phases, average=ema, select="last", metric="log_loss")
+    assert result.history["valid/log_loss"].iloc[-1] == pytest.approx(result.metrics["oof/log_loss"], rel=1e-4)
+
+
 def test_batchnorm_is_counted_in_equal_batches_of_all_classes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = make_world(home, samples=60)
     table = dataclasses.replace(table, table=table.table.sort_values("label", kind="stable").reset_index(drop=True))

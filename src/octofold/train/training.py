@@ -210,8 +210,9 @@ def _finish_epoch(job: Job, part: Part) -> dict[str, float]:
     rate = part.optimizer.param_groups[0]["lr"] / (part.optimizer.param_groups[0].get("factor") or 1)
     row: dict[str, Any] = {"phase": part.phase.name, "train/loss": float(np.mean(now.losses)), "lr": rate}
     averaged = recipe.average.kind == "ema" and bool(job.average.mean)
+    moved = any(phase.train == "all" for phase in recipe.phases[: now.phase])
     with _weights(job, job.average.mean if averaged else None):
-        row |= validate(job, part.features)
+        row |= validate(job, None if averaged and moved else part.features)  # features are of the trunk as it is
         _keep_best(job, row[f"valid/{job.metric}"], len(now.history))
     set_mode(job, part)
     now.history.append(row)
