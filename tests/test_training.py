@@ -288,6 +288,15 @@ def test_a_batch_of_one_works_or_is_refused(home: Path) -> None:
     assert np.isfinite(result.history["train/loss"]).all()
 
 
+def test_a_row_left_over_by_accumulation_is_not_alone_before_batchnorm(home: Path) -> None:
+    model = {"name": "mobilenetv3_small_050", "input_size": 32}  # its last maps are 1x1
+    changes: dict[str, Any] = {"model": model, "batch_size": 5, "optim": {"accumulate": 4}}
+    table = make_world(home, samples=24)
+    table.table["fold"] = (np.arange(24) >= 16).astype(int)
+    result = train(home, table, fold=1, **changes)  # 16 rows: 5, 5, 5 and 1
+    assert np.isfinite(result.history["train/loss"]).all()
+
+
 def test_a_class_with_one_sample_and_a_fold_without_a_class(home: Path) -> None:
     table = make_world(home, samples=36)
     label = np.where(table.fold == 0, "ash", "birch")
