@@ -202,6 +202,22 @@ def test_a_changed_recipe_manifest_or_code_is_refused_by_name(home: Path, monkey
     train(home, "slot", member="renamed", runtime={"precision": "fp32", "channels_last": "on", "checkpoint_s": 1})
 
 
+def test_a_way_pinned_that_is_not_the_checkpoints_is_refused(home: Path) -> None:
+    def stop(epoch: int, metrics: dict[str, float]) -> None:
+        (home / "slot" / "stop").touch()
+
+    with pytest.raises(KeyboardInterrupt):
+        train(home, "slot", stop)
+    for changes, words in (
+        ({"precision": "bf16"}, r"runtime\.precision\n.*: fp32\n.*bf16\n.*--restart true"),
+        ({"channels_last": "off", "compile": "on"}, r"channels_last, runtime\.compile\n.*on, off\n.*off, on\n"),
+        ({"threads": 2}, r"runtime\.threads\n.*: 1\n.*2\n"),
+    ):
+        with pytest.raises(UserError, match=words):
+            train(home, "slot", runtime=RECIPE["runtime"] | changes)
+    train(home, "slot", runtime={"workers": 1})  # all left to the checkpoint, but what changes nothing
+
+
 def test_a_damaged_checkpoint_is_refused(home: Path) -> None:
     home.joinpath("slot").mkdir()
     (home / "slot" / "checkpoint.pt").write_bytes(b"half a checkpo")

@@ -135,7 +135,8 @@ def test_cached_features_leave_out_the_points_that_the_crop_leaves_out(home: Pat
         (micro,) = job.enter(made, 0).batches.load(0, 0, 0)
         targets.append(micro.target)
     plain, cached = targets
-    assert torch.isfinite(plain).any() and torch.isnan(plain[(made.unit_target[micro.rows] < 0).any((1, 2))]).all()
+    assert torch.isfinite(plain).any()
+    assert torch.isnan(plain[(made.unit_target[micro.rows] < 0).any((1, 2))]).all()
     assert torch.allclose(plain, cached, atol=1e-5, equal_nan=True)
 
 
