@@ -131,6 +131,19 @@ def test_each_row_once_per_epoch_but_for_the_ragged_end(rows: int, batch: int, a
     assert all(len(part) <= batch for part in micro)
 
 
+def test_a_row_left_over_joins_the_micro_batch_before_it() -> None:
+    def sizes(rows: int, batch: int, accumulate: int) -> list[int]:
+        return [len(part) for part in Order(np.arange(rows), 0, batch, accumulate).step(0, 0, 0)]
+
+    assert sizes(16, 5, 4) == [5, 5, 6]
+    assert (sizes(17, 5, 4), sizes(20, 5, 4), sizes(6, 5, 1)) == ([5, 5, 5, 2], [5, 5, 5, 5], [5])
+    assert (sizes(3, 1, 4), sizes(1, 8, 1)) == ([1, 1, 1], [1])  # alone anyway
+    values = np.random.default_rng(0).random((16, 3), np.float32)
+    micro = Batches(Order(np.arange(16), 0, 5, 4), Features(values, np.arange(16)), CPU).load(0, 0, 0)
+    mean = sum(part.share * part.inputs.mean(dim=0) for part in micro)
+    assert np.allclose(mean, values.mean(axis=0), atol=1e-6)
+
+
 def test_a_weighted_sampler_draws_rare_rows_more_often() -> None:
     draw = np.where(np.arange(100) < 10, 9.0, 1.0)
     order = Order(np.arange(100), seed=0, batch_size=50, draw=draw / draw.sum())

@@ -128,6 +128,37 @@ def test_a_stop_file_and_control_c_leave_the_same_state(home: Path) -> None:
     assert not (home / "stopped" / "stop").exists()
 
 
+def test_stopped_where_a_phase_ends_early_it_ends_with_the_same_bits(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe = {"name": "probe", "epochs": 5, "train": "head", "lr": 1e-9, "schedule": "constant"}
+    changes: dict[str, Any] = {"phases": [probe, {"epochs": 3, "lr": 1e-3}], "early_stop": 1}
+    changes["runtime"] = RECIPE["runtime"] | {"checkpoint_s": 0}
+    whole = train(home, "whole", **changes)
+    assert list(whole.history["phase"])[:3] == ["probe", "probe", "finetune"]
+
+    def stop(epoch: int, metrics: dict[str, float]) -> None:
+        (home / "slot" / "stop").touch()
+
+    real = training.enter
+
+    def enter(made: Any, number: int) -> Any:
+        if number == 1:  # the checkpoint is still that of the phase before
+            raise KeyboardInterrupt
+        return real(made, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "enter", enter)
+        with pytest.raises(KeyboardInterrupt):
+            train(home, "slot", **changes)
+    with pytest.raises(KeyboardInterrupt):  # after the first step of the phase's second epoch
+        train(home, "slot", stop, **changes)
+    result = train(home, "slot", **changes)
+    assert list(result.history["valid/accuracy"]) == list(whole.history["valid/accuracy"])
+    sha = (whole.model_folder / "model.safetensors").read_bytes()
+    assert (result.model_folder / "model.safetensors").read_bytes() == sha
+
+
 def test_stopped_before_batchnorm_is_counted_it_ends_with_the_same_bits(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +200,22 @@ def test_a_changed_recipe_manifest_or_code_is_refused_by_name(home: Path, monkey
         train(home, "slot")
     monkeypatch.setattr(checkpoint, "code_versions", lambda: before)
     train(home, "slot", member="renamed", runtime={"precision": "fp32", "channels_last": "on", "checkpoint_s": 1})
+
+
+def test_a_way_pinned_that_is_not_the_checkpoints_is_refused(home: Path) -> None:
+    def stop(epoch: int, metrics: dict[str, float]) -> None:
+        (home / "slot" / "stop").touch()
+
+    with pytest.raises(KeyboardInterrupt):
+        train(home, "slot", stop)
+    for changes, words in (
+        ({"precision": "bf16"}, r"runtime\.precision\n.*: fp32\n.*bf16\n.*--restart true"),
+        ({"channels_last": "off", "compile": "on"}, r"channels_last, runtime\.compile\n.*on, off\n.*off, on\n"),
+        ({"threads": 2}, r"runtime\.threads\n.*: 1\n.*2\n"),
+    ):
+        with pytest.raises(UserError, match=words):
+            train(home, "slot", runtime=RECIPE["runtime"] | changes)
+    train(home, "slot", runtime={"workers": 1})  # all left to the checkpoint, but what changes nothing
 
 
 def test_a_damaged_checkpoint_is_refused(home: Path) -> None:

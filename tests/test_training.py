@@ -125,6 +125,21 @@ def test_cached_features_equal_the_plain_way(home: Path, monkeypatch: pytest.Mon
         assert np.allclose(predictions.values, plain.oof[views].values, atol=1e-5)
 
 
+def test_cached_features_leave_out_the_points_that_the_crop_leaves_out(home: Path) -> None:
+    table = make_world(home, samples=18, task="keypoints")
+    table.table.loc[table.fold == 1, "tip_x"] = -3.0  # as left of a photo's centre square
+    targets = []
+    for train_what in ("all", "head"):
+        recipe = recipe_of(phases=[{"epochs": 1, "train": train_what}])
+        made = job.open_job(recipe, table, 0, 0, home / "slot", Devices(torch.device("cpu")))
+        (micro,) = job.enter(made, 0).batches.load(0, 0, 0)
+        targets.append(micro.target)
+    plain, cached = targets
+    assert torch.isfinite(plain).any()
+    assert torch.isnan(plain[(made.unit_target[micro.rows] < 0).any((1, 2))]).all()
+    assert torch.allclose(plain, cached, atol=1e-5, equal_nan=True)
+
+
 def test_features_of_replicas_are_made_anew_when_the_augmentation_changed(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +195,14 @@ def test_averaged_weights_keep_the_statistics_of_a_frozen_trunk(home: Path, head
     assert all(bool(moved[name].any()) for name in means)
 
 
+def test_a_head_phase_is_scored_with_the_averaged_trunk_it_leaves(home: Path) -> None:
+    table = make_world(home, samples=36)
+    phases = [{"epochs": 2, "lr": 0.02}, {"name": "head", "epochs": 1, "train": "head", "lr": 1e-5}]
+    ema = {"kind": "ema", "decay": 0.95}
+    result = train(home, table, phases=phases, average=ema, select="last", metric="log_loss")
+    assert result.history["valid/log_loss"].iloc[-1] == pytest.approx(result.metrics["oof/log_loss"], rel=1e-4)
+
+
 def test_batchnorm_is_counted_in_equal_batches_of_all_classes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = make_world(home, samples=60)
     table = dataclasses.replace(table, table=table.table.sort_values("label", kind="stable").reset_index(drop=True))
@@ -211,6 +234,7 @@ def test_a_batch_too_small_for_all_processes_is_refused(home: Path) -> None:
         ("metric", {"metric": "mse"}),
         ("classes", {"classes": ["oak"]}),
         ("views", {"tta": "geo16"}),
+        ("head: heatmap", {"model": {"name": "small_cnn", "input_size": 16, "head": "heatmap"}}),
     ],
 )
 def test_mistakes_are_told(home: Path, where: str, changes: dict[str, Any]) -> None:
@@ -224,6 +248,15 @@ def test_a_diverging_loss_names_step_and_remedy(home: Path) -> None:
         train(home, make_world(home, samples=36), optim={"lr": 1e30, "clip_norm": None}, phases=[{"epochs": 3}])
     assert "lower optim.lr" in str(told.value)
     assert not (home / "slot" / "done.json").exists()
+
+
+def test_a_metric_that_the_fold_cannot_give_is_told_not_obeyed(home: Path) -> None:
+    table = make_world(home, samples=36)
+    table.table.loc[table.fold == 0, "label"] = "ash"
+    with pytest.raises(UserError, match=r"metric auc(.|\n)*fold 0 lacks what auc needs(.|\n)*--metric"):
+        train(home, table, metric="auc", phases=[{"epochs": 2}])
+    last = train(home, table, "last", metric="auc", select="last", phases=[{"epochs": 2}])
+    assert np.isnan(last.history["valid/auc"]).all(), "nothing is chosen by it"
 
 
 def test_an_overflowing_gradient_skips_its_step(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,6 +289,15 @@ def test_a_batch_of_one_works_or_is_refused(home: Path) -> None:
     assert np.isfinite(result.history["train/loss"]).all()
 
 
+def test_a_row_left_over_by_accumulation_is_not_alone_before_batchnorm(home: Path) -> None:
+    model = {"name": "mobilenetv3_small_050", "input_size": 32}  # its last maps are 1x1
+    changes: dict[str, Any] = {"model": model, "batch_size": 5, "optim": {"accumulate": 4}}
+    table = make_world(home, samples=24)
+    table.table["fold"] = (np.arange(24) >= 16).astype(int)
+    result = train(home, table, fold=1, **changes)  # 16 rows: 5, 5, 5 and 1
+    assert np.isfinite(result.history["train/loss"]).all()
+
+
 def test_a_class_with_one_sample_and_a_fold_without_a_class(home: Path) -> None:
     table = make_world(home, samples=36)
     label = np.where(table.fold == 0, "ash", "birch")
@@ -276,6 +318,17 @@ def test_early_stopping_counts_epochs_without_gain(home: Path) -> None:
     table = make_world(home, samples=36)
     result = train(home, table, phases=[{"epochs": 30, "lr": 1e-9, "schedule": "constant"}], early_stop=2)
     assert len(result.history) < 30
+
+
+def test_a_phase_that_stops_gaining_makes_room_for_the_next(home: Path) -> None:
+    table = make_world(home, samples=36)
+    still = {"lr": 1e-9, "schedule": "constant"}
+    phases = [{"name": "probe", "epochs": 9, "train": "head", **still}, {"name": "tune", "epochs": 2, "lr": 3e-3}]
+    result = train(home, table, phases=phases, early_stop=2)
+    assert list(result.history["phase"]) == ["probe"] * 3 + ["tune"] * 2
+    swa = {"kind": "swa", "start_epoch": 3}  # the epochs that trained the trunk: its statistics are counted afresh
+    averaged = weights(train(home, table, "swa", phases=phases, early_stop=2, average=swa, select="last"))
+    assert {int(value) for name, value in averaged.items() if name.endswith("num_batches_tracked")} == {1}
 
 
 def test_stop_files_from_before_are_forgotten(home: Path) -> None:

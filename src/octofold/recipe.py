@@ -171,7 +171,9 @@ class Recipe(Section):
     select: Literal["best", "last"] = Field(
         "best", description="checkpoint kept: best validation metric (flatters its own fold a little) or the last"
     )
-    early_stop: int | None = Field(None, ge=1, description="epochs without gain before stopping; null = never")
+    early_stop: int | None = Field(
+        None, ge=1, description="epochs of a phase without gain before it ends and the next begins; null = never"
+    )
     tta: str = Field("geo8", description="views the OOF is predicted with: none, flip, geo4, geo8, geo8_original")
     classes: list[str] = Field(
         [], description="train and validate on these classes' samples alone: a pair expert. OOF still covers all rows"
@@ -199,6 +201,12 @@ class Recipe(Section):
                 " Choose one, or ask again with loss.balance_twice: true"
             )
         return self
+
+    @property
+    def needs_metric(self) -> bool:
+        """Whether the metric of an epoch decides anything while training."""
+        plateau = any(phase.schedule == "plateau" for phase in self.phases)
+        return self.select == "best" or self.early_stop is not None or plateau
 
     def smells(self) -> list[str]:
         """Say what is allowed here but seldom meant; train reports it."""

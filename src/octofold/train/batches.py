@@ -55,7 +55,7 @@ class Order:
     Attributes:
         rows: ``(n,)`` rows of the manifest in the training folds.
         seed: of the slot.
-        batch_size: images per micro-batch.
+        batch_size: images per micro-batch; the last of a short step may have one more.
         accumulate: micro-batches per step.
         draw: ``(n,)`` probabilities of a weighted sampler, or None: each row once per epoch.
     """
@@ -74,11 +74,14 @@ class Order:
         return max(1, len(self.rows) // (self.batch_size * self.accumulate))
 
     def step(self, phase: int, epoch: int, step: int) -> list[Ints]:
-        """Rows of each micro-batch of one step."""
+        """Rows of each micro-batch of one step. One row left over joins the last: BatchNorm cannot normalise it."""
         order = self._epoch(phase, epoch)
         size = self.batch_size * self.accumulate
         taken = order[step * size : (step + 1) * size]
-        return [taken[start : start + self.batch_size] for start in range(0, len(taken), self.batch_size)]
+        cuts = list(range(self.batch_size, len(taken), self.batch_size))
+        if self.batch_size > 1 and cuts and cuts[-1] == len(taken) - 1:
+            cuts.pop()
+        return np.split(taken, cuts)
 
     def _epoch(self, phase: int, epoch: int) -> Ints:
         """The rows of an epoch in the order they are drawn; the last epoch asked for is remembered."""
@@ -154,6 +157,14 @@ class Features:
 
     values: npt.NDArray[np.float32]
     target: npt.NDArray[Any]
+
+
+def within_square(target: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return targets with points outside the unit square as NaN, as `augment.run` gives them; classes as they are."""
+    if target.ndim == 1:
+        return target
+    gone = ((target < 0) | (target > 1)).any(axis=-1, keepdims=True)
+    return np.where(gone, np.float32(np.nan), target)
 
 
 class Batches:

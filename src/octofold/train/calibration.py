@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from octofold.compute import Devices
+from octofold.errors import UserError
 from octofold.files import ROOT, read_json, sha256_json, write_json
 from octofold.nets.models import Net
 from octofold.recipe import Recipe
@@ -67,6 +69,46 @@ def choose(recipe: Recipe, net: Net, device: torch.device, steps: int = 0) -> di
         best, _, gain = _fastest(recipe, net, device, [best, *compiled], steps)
         speedup *= gain
     return best | rest | {"speedup": round(speedup, 3)}
+
+
+def settle(
+    saved: dict[str, Any] | None, recipe: Recipe, net: Net, devices: Devices, size: tuple[int, int]
+) -> dict[str, Any]:
+    """Return what the checkpoint `saved` was made with, else the fastest way found; the same in all processes.
+
+    Args:
+        saved: the checkpoint, or None.
+        recipe, net: as in `choose`.
+        devices: the main process chooses.
+        size: folds of the manifest, and rows trained on, for `steps_of`.
+
+    Raises:
+        UserError: the recipe pins something else than the checkpoint was made with.
+    """
+    if saved is not None:
+        _check_pinned(recipe, saved["runtime"])
+        torch.set_num_threads(saved["runtime"]["threads"])  # the number of threads decides the order of sums
+        return dict(saved["runtime"])
+    found = choose(recipe, net, devices.device, steps_of(recipe, *size)) if devices.is_main else {}
+    return dict(devices.from_main(found))
+
+
+def _check_pinned(recipe: Recipe, then: dict[str, Any]) -> None:
+    """Refuse to go on in another way than was asked for: half a training in each would be neither."""
+    asked = recipe.runtime
+    was = {name: ("off", "on")[value] if isinstance(value, bool) else value for name, value in then.items()}
+    other = [
+        name
+        for name in ("precision", "channels_last", "compile", "threads")
+        if getattr(asked, name) not in ("auto", None, was[name])
+    ]
+    if other:
+        raise UserError(
+            ", ".join(f"runtime.{name}" for name in other),
+            expected=f"what the checkpoint was made with: {', '.join(str(was[name]) for name in other)}",
+            got=", ".join(str(getattr(asked, name)) for name in other),
+            fix="begin anew with --restart true, or leave it out to go on from the checkpoint",
+        )
 
 
 def steps_of(recipe: Recipe, folds: int, rows: int) -> int:

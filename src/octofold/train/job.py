@@ -21,7 +21,7 @@ from octofold.nets import models
 from octofold.nets.tasks import Task, balanced_weights, make_task, sample_weights
 from octofold.recipe import Phase, Recipe
 from octofold.train import calibration, checkpoint, distill, harden, machine, optim
-from octofold.train.batches import BLOCK, Batches, Features, Order, Pixels, seed_of
+from octofold.train.batches import BLOCK, Batches, Features, Order, Pixels, seed_of, within_square
 from octofold.train.features import FrozenTrunk
 
 log = logging.getLogger("octofold")
@@ -185,17 +185,13 @@ def open_job(
     Raises:
         UserError: an empty fold, a metric or views of another task, weights not there, a batch too small to share.
     """
-    if recipe.batch_size <= (few := BLOCK * (devices.world - 1)):  # the last process would never see an image
-        raise UserError(f"batch_size {recipe.batch_size}", expected=f"over {few} for {devices.world} processes")
     machine.keep_memory()
     saved = checkpoint.load(folder)
     task = make_task(manifest.task, manifest.classes, manifest.info.get("swap"))
-    task.check_views(recipe.tta)
+    _check(recipe, task, devices)
     train, valid = split_rows(recipe, manifest, fold, seed)
-    if recipe.augment.mixup_prob + recipe.augment.cutmix_prob and task.name != "classify":
-        raise UserError("augment.mixup_prob, augment.cutmix_prob", expected="0: points cannot be mixed")
     net = _network(recipe, task, seed, devices, start)
-    runtime = _runtime(saved, recipe, net, devices, calibration.steps_of(recipe, len(manifest.folds), len(train)))
+    runtime = calibration.settle(saved, recipe, net, devices, (len(manifest.folds), len(train)))
     if devices.world > 1 and devices.device.type == "cuda":  # else a process would normalise by its share of a batch
         net = models.synchronised(net)  # not before: the main process calibrates alone
     cache = devices.main_first(lambda: open_cache(manifest, PixelSpec.of(recipe.model)))
@@ -234,17 +230,20 @@ def open_job(
     return job
 
 
+def _check(recipe: Recipe, task: Task, devices: Devices) -> None:
+    """Refuse what a recipe may say, but not of this task or to so many processes."""
+    if recipe.batch_size <= (few := BLOCK * (devices.world - 1)):  # the last process would never see an image
+        raise UserError(f"batch_size {recipe.batch_size}", expected=f"over {few} for {devices.world} processes")
+    task.check_views(recipe.tta)
+    if task.name == "keypoints" and recipe.augment.mixup_prob + recipe.augment.cutmix_prob:
+        raise UserError("augment.mixup_prob, augment.cutmix_prob", expected="0: points cannot be mixed")
+    if task.name == "classify" and recipe.model.head == "heatmap":  # its outputs are places, x and y in turn
+        raise UserError("model.head: heatmap", expected="key points", got="classes", fix="model.head: linear or mlp")
+
+
 def _network(recipe: Recipe, task: Task, seed: int, devices: Devices, start: Path | None) -> models.Net:
     torch.manual_seed(seed_of(seed))
     return models.build(recipe.model, task.outputs, start=start).to(devices.device)
-
-
-def _runtime(saved: Any, recipe: Recipe, net: models.Net, devices: Devices, steps: int) -> dict[str, Any]:
-    """What the checkpoint was made with, else the fastest way found."""
-    if saved is not None:
-        torch.set_num_threads(saved["runtime"]["threads"])  # the number of threads decides the order of sums
-        return dict(saved["runtime"])
-    return dict(devices.from_main(calibration.choose(recipe, net, devices.device, steps) if devices.is_main else {}))
 
 
 def split_rows(recipe: Recipe, manifest: Manifest, fold: int, seed: int) -> tuple[Ints, Ints]:
@@ -298,7 +297,7 @@ def enter(job: Job, number: int) -> Part:
     if _is_cacheable(job, preset, phase):
         features = _features(job)
         drawn = features if preset == "none" else _features(job, str(preset), phase.replicas)
-        source = Features(drawn, job.unit_target)
+        source = Features(drawn, within_square(job.unit_target))
         job.net.to(memory_format=job.layout)  # an engine may have laid the weights out otherwise
     groups = optim.parameter_groups(
         job.net, recipe.optim, head_only, models.depths(job.net) if recipe.optim.layer_decay < 1 else None

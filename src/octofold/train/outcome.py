@@ -106,8 +106,8 @@ def _choose(job: Job) -> str:
 
 def _averaged_part(job: Job) -> nn.Module:
     """What the averaged epochs trained. A trunk that was frozen in all of them keeps the statistics it ran with."""
-    trained = [phase.train for phase in job.recipe.phases for _ in range(phase.epochs)]
-    averaged = trained[job.recipe.average.start_epoch : len(job.progress.history)]
+    trains = {phase.name: phase.train for phase in job.recipe.phases}  # early_stop may have cut any of them short
+    averaged = [trains[row["phase"]] for row in job.progress.history[job.recipe.average.start_epoch :]]
     return job.net if "all" in averaged else job.net.head
 
 

@@ -75,7 +75,7 @@ def train_slot(
     watched = profiling.events(recipe.runtime.tensorboard, folder / "tensorboard")
     with StopRequest(folder, folder.parent) as stop, traced as tick, watched as write_events:
         for number, phase in enumerate(recipe.phases):
-            if number < now.phase or _is_over(job):
+            if number < now.phase:
                 continue
             part = enter(job, number)
             if phase.keep_start and now.epoch == now.step == 0:
@@ -172,18 +172,21 @@ def _reseed(seed: int, device: torch.device) -> None:
 def _rate(job: Job, part: Part, step: int) -> float:
     phase = part.phase
     peak = phase.lr or job.recipe.optim.lr
-    since = job.values_so_far()[len(job.progress.history) - job.progress.epoch :]
-    drops = optim.plateau_drops(since, phase.patience, job.sign > 0)
+    drops = optim.plateau_drops(_values_of_phase(job), phase.patience, job.sign > 0)
     return optim.lr_at(phase, peak, step, part.batches.order.steps, drops)
 
 
 def _is_over(job: Job) -> bool:
-    """Whether `early_stop` epochs went by without a gain."""
-    values, patience = job.values_so_far(), job.recipe.early_stop
+    """Whether `early_stop` epochs of this phase went by without a gain; the next phase has its own."""
+    values, patience = _values_of_phase(job), job.recipe.early_stop
     if patience is None or not values:
         return False
     gains = np.array(values) * job.sign
     return len(values) - 1 - int(gains.argmax()) >= patience
+
+
+def _values_of_phase(job: Job) -> list[float]:
+    return job.values_so_far()[len(job.progress.history) - job.progress.epoch :]
 
 
 def _count_skipped(job: Job, finite: bool) -> None:
@@ -207,8 +210,9 @@ def _finish_epoch(job: Job, part: Part) -> dict[str, float]:
     rate = part.optimizer.param_groups[0]["lr"] / (part.optimizer.param_groups[0].get("factor") or 1)
     row: dict[str, Any] = {"phase": part.phase.name, "train/loss": float(np.mean(now.losses)), "lr": rate}
     averaged = recipe.average.kind == "ema" and bool(job.average.mean)
+    moved = any(phase.train == "all" for phase in recipe.phases[: now.phase])
     with _weights(job, job.average.mean if averaged else None):
-        row |= validate(job, part.features)
+        row |= validate(job, None if averaged and moved else part.features)  # features are of the trunk as it is
         _keep_best(job, row[f"valid/{job.metric}"], len(now.history))
     set_mode(job, part)
     now.history.append(row)

@@ -43,7 +43,20 @@ def validate(job: Job, features: npt.NDArray[np.float32] | None) -> dict[str, fl
     metrics = {"valid/loss": sum(part[2] for part in gathered) / (sum(part[3] for part in gathered) or 1.0)}
     for name in dict.fromkeys([job.metric, job.task.default_metric]):
         metrics[f"valid/{name}"] = job.task.score(values, job.target[order], name)
+    if math.isnan(metrics[f"valid/{job.metric}"]) and job.recipe.needs_metric:
+        raise _scoreless(job)
     return metrics
+
+
+def _scoreless(job: Job) -> UserError:
+    """NaN is never a gain: the first epoch would be kept, whatever the later ones learn."""
+    return UserError(
+        f"{job.name}: metric {job.metric}",
+        expected="a number on the held-out fold, to choose the epoch by",
+        got=f"NaN from finite outputs: fold {job.fold} lacks what {job.metric} needs (auc: two classes; nme: a sample"
+        " with two visible points)",
+        fix="choose another metric by --metric, or have every fold hold what it needs",
+    )
 
 
 def diverged(job: Job, loss: float) -> UserError:
