@@ -133,5 +133,5 @@ def test_a_gate_of_the_voters_is_not_reported_as_the_experts(tmp_path: Path) -> 
     for words, gates in {"nowhere": [own], "by at most 0.1": [own, trained]}.items():
         blend = Blend("pair_gate", "gate", np.array([0.5, 0.5, 0]), {"voters": 2, "experts": gates})
         none = Interval(0, 0, 0)
-        judged = Verdict(blend, CrossFit(np.zeros(0), []), 0, none, {}, [], 0)
+        judged = Verdict(blend, CrossFit(np.zeros(0), []), 0, none, 0, {}, [], 0)
         assert words in assembly._members_told(lined, judged)[0]
