@@ -79,6 +79,7 @@ def test_seeds_of_a_fold_are_weighed_each_by_its_own_score(world: tuple[Manifest
     np.testing.assert_allclose(shares, np.array(expected) / sum(expected))
 
 
+@pytest.mark.slow
 def test_seeds_are_told_apart_where_other_data_leave_rows_out(
     world: tuple[Manifest, Predictions], tmp_path: Path
 ) -> None:

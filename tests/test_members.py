@@ -132,6 +132,7 @@ def test_what_is_promoted_is_what_is_reported(table: Manifest) -> None:
     assert [slot.version for slot in registry.resolve("tiny", "production")["m"]] == [1, 1]
 
 
+@pytest.mark.slow
 def test_a_slot_whose_version_was_deleted_is_trained_again(table: Manifest, caplog: pytest.LogCaptureFixture) -> None:
     train(table, stage="production")
     tracking.client().delete_model_version("tiny.m.f1.s0", "1")
@@ -147,6 +148,7 @@ def test_a_slot_whose_version_was_deleted_is_trained_again(table: Manifest, capl
     assert "deleted" not in caplog.text
 
 
+@pytest.mark.slow
 def test_the_member_shows_the_score_of_the_last_call_and_of_which_slots(table: Manifest) -> None:
     few = train(table, folds=[0])
     every = train(table)
@@ -228,6 +230,7 @@ def _of_other_manifest(folder: Path) -> tuple[models.Net, models.ModelCard]:
     return net, card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "name"),
     [

@@ -225,6 +225,7 @@ def test_a_recipe_that_overfits_is_no_base(table: Manifest) -> None:
         tune(table, {"overfit": 1})
 
 
+@pytest.mark.slow
 def test_a_killed_trial_takes_nothing_from_an_earlier_study_of_its_name(
     table: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -196,6 +196,7 @@ def test_minimised_and_conditional(tmp_path: Path) -> None:
     assert best.means[0] == min(record.means[0] for record in done if record.outcome == "full") < 0.3
 
 
+@pytest.mark.slow
 def test_two_objectives_give_the_recipes_nobody_beats(tmp_path: Path) -> None:
     what = plan(objectives=("score", "inference_ms"), higher_is_better=(True, False))
     study = begin(tmp_path, what)

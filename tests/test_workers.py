@@ -71,6 +71,7 @@ def run(function: object, jobs: list[Job], retries: int = 1) -> tuple[dict[str, 
     return workers.run(function, jobs, 2, PLACES, retries, done.append), done  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_results_come_in_the_order_of_the_jobs() -> None:
     jobs = [Job(f"job {number}", (number,)) for number in range(7)]
     results, done = run(double, jobs)
