@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from octofold.data.folders import find_images, left_out, refuse_links
+from octofold.data.folders import find_images, left_out, refuse_unseen
 from octofold.data.images import LONGEST, PixelCache, PixelSpec, load, open_cache, square
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError
@@ -282,6 +282,6 @@ def test_a_folder_that_may_not_be_opened_is_named(tmp_path: Path, monkeypatch: p
     assert left_out(tmp_path) == [("b", "Permission denied")]
     assert looks.find(tmp_path).left_out == [("b", "Permission denied")]  # so skipped.csv and the warnings name it
     with pytest.raises(UserError, match=r"1 that may not: b \(Permission denied\)"):
-        refuse_links(tmp_path)
+        refuse_unseen(tmp_path)
     with pytest.raises(UserError, match=r"none, but 1 others: \. \(Permission denied\)"):
         looks.find(tmp_path / "b")

@@ -207,6 +207,9 @@ def gain(over: str, mine: Array, theirs: Array, score: tuple[float, float], metr
     draws = metric.sign * (mine - theirs)
     draws = draws[np.isfinite(draws)]  # a resample without some class has no such score
     low, high = np.quantile(draws, [0.025, 0.975]) if len(draws) else (np.nan, np.nan)
-    # Ties count half: two equal candidates have an even chance, not none.
-    probability = float((draws > 0).mean() + 0.5 * (draws == 0).mean()) if len(draws) else float("nan")
-    return Gain(over, metric.sign * (score[0] - score[1]), float(low), float(high), probability)
+    return Gain(over, metric.sign * (score[0] - score[1]), float(low), float(high), chance(draws))
+
+
+def chance(draws: Array) -> float:
+    """Share of draws above 0, NaN of none. Ties count half: two equal candidates have an even chance, not none."""
+    return float((draws > 0).mean() + 0.5 * (draws == 0).mean()) if len(draws) else float("nan")

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from scipy.optimize import minimize_scalar
 from scipy.special import ndtr, ndtri
 
-from octofold.blend.estimate import Interval
+from octofold.blend.estimate import Interval, chance
 from octofold.infer.combining import softmax
 from octofold.metrics import Metric
 
@@ -252,7 +252,7 @@ def foresee(
     fall = _shrunk_fall(signals)
     counted = _counted(accuracy, spread, len(target), fall, blindness(fall, distance), tests)
     low, high = (float(end) for end in np.quantile(counted, [0.025, 0.975]))
-    surely = float((counted < accuracy).mean() + 0.5 * (counted == accuracy).mean())
+    surely = chance(accuracy - counted)
     parts = {"oof": accuracy, "temperature": 1 / power, "confidence": float(sure_test.mean()), "slope": slope}
     parts["atc"] = float(np.mean([atc(oof, target, part) for part in test_by_fold]))
     if len(signals) > 1:

@@ -50,7 +50,7 @@ def told(path: str) -> str:
     return path.encode("utf-8", "backslashreplace").decode()
 
 
-def refuse_links(folder: Path) -> None:
+def refuse_unseen(folder: Path) -> None:
     """Refuse a folder with linked or closed folders in it, where all of its images count: they may hold a whole class.
 
     Raises:

@@ -270,9 +270,13 @@ def run(transform: A.Compose, image: npt.NDArray[np.uint8], points: Array | None
     # A mirror exchanges twins by exchanging rows, so a missing point's row moves to its twin: the tag follows it.
     rows = np.asarray(found["keypoints"], dtype=np.float32).reshape(len(points), -1)
     moved = (rows[:, :2] + 0.5) / (out.shape[1], out.shape[0])
-    gone = ((moved < 0) | (moved > 1)).any(axis=1)  # out of the picture: nothing could find it there
-    moved[missing[rows[:, 2].round().astype(int)] | gone] = np.nan
+    moved[missing[rows[:, 2].round().astype(int)] | outside(moved)] = np.nan
     return out, moved.astype(np.float32)
+
+
+def outside(points: Array) -> npt.NDArray[np.bool_]:
+    """Which of ``(…, 2)`` unit points lie out of the picture, where nothing could find them: ``(…)`` bool."""
+    return np.asarray(((points < 0) | (points > 1)).any(axis=-1))
 
 
 def mix(images: Tensor, shares: Tensor, config: recipe.Augment, dice: np.random.Generator) -> tuple[Tensor, Tensor]:

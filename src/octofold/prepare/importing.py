@@ -10,7 +10,7 @@ import pandas as pd
 from PIL import Image
 
 from octofold.commands import Prepare
-from octofold.data.folders import SUFFIXES, find_images, refuse_links
+from octofold.data.folders import SUFFIXES, find_images, refuse_unseen
 from octofold.errors import UserError, preview
 from octofold.files import ROOT, atomic, existing
 from octofold.prepare import archives, hub, sources
@@ -149,7 +149,7 @@ def _class_folders(raw: Path, own: Path) -> dict[str, Any]:
         return {"images": train}
     rows = []
     for part in (train, *more):
-        refuse_links(part)
+        refuse_unseen(part)
         for path in find_images(part):
             inner = path.relative_to(part).parts
             if len(inner) < 2:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from octofold.data.folders import SUFFIXES, find_images, refuse_links
+from octofold.data.folders import SUFFIXES, find_images, refuse_unseen
 from octofold.errors import UserError, preview
 from octofold.files import existing, read_json
 from octofold.prepare.places import locate
@@ -248,7 +248,7 @@ def from_class_folders(images: Path) -> Source:
         UserError: no folders, links to some, no images, or images beside the class folders.
     """
     images = existing(images, "the folder of class folders (--images)").resolve()
-    refuse_links(images)
+    refuse_unseen(images)
     files = [path.relative_to(images).as_posix() for path in find_images(images)]
     locate(files, images, images)  # links that lead out of the folder are refused here
     loose = [name for name in files if "/" not in name]
@@ -295,7 +295,7 @@ def from_test(
     """
     images = existing(images, "the folder of test images (--test_images)").resolve()
     if sample is None:
-        refuse_links(images)
+        refuse_unseen(images)
         files = [path.relative_to(images).as_posix() for path in find_images(images)]
         if not files:
             raise UserError(images, expected="test images", got="none")

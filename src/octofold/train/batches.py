@@ -163,8 +163,7 @@ def within_square(target: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return targets with points outside the unit square as NaN, as `augment.run` gives them; classes as they are."""
     if target.ndim == 1:
         return target
-    gone = ((target < 0) | (target > 1)).any(axis=-1, keepdims=True)
-    return np.where(gone, np.float32(np.nan), target)
+    return np.where(augment.outside(target)[..., None], np.float32(np.nan), target)
 
 
 class Batches:

@@ -251,11 +251,12 @@ def _fill(call: Call, fold: int, seed: int) -> Filled | None:
     """Fill one slot, unless it is filled; None if another command is about it."""
     folder, slot = _folder(call.table, call.recipe, fold, seed), _slot(fold, seed)
     runs = _runs(call, fold, seed)
-    if _filled(runs) is None:
+    if (done := _filled(runs)) is None:
         if not call.lessee.claim(slot):
             return None
         runs = _runs(call, fold, seed)  # another command may have filled it before it let go
-    if (done := _filled(runs)) is not None:
+        done = _filled(runs)
+    if done is not None:
         log.info("fold %d seed %d: already trained (%s)", fold, seed, done.tags["registered"])
         oof = _stored_oof(done.id)
         _check_views(call.recipe, done.tags["registered"], oof)

@@ -215,7 +215,7 @@ def compare(
         gain = float(gains.mean())
         ends = np.quantile(paired - paired.mean(), [tail, 1 - tail]) if len(paired) else (np.nan, np.nan)
         low, high = gain - float(np.hypot(ends[0], extra)), gain + float(np.hypot(ends[1], extra))
-        chance = float((paired > 0).mean() + 0.5 * (paired == 0).mean()) if len(paired) else float("nan")
+        chance = estimate.chance(paired)
         verdict = "better" if low > 0 else "worse" if high < 0 else "not separable"
         found.append(Finding(names[arm], float(scores[arm].mean()), gain, low, high, spread, chance, verdict))
     return found
