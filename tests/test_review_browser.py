@@ -59,7 +59,8 @@ class Page:
         oof, vectors = [make_oof(self.manifest, self.truth)], make_embeddings(self.manifest, self.truth)
         self.queue = cleaning.rank(self.manifest, oof, vectors)
         self.journal = Journal(folder / "decisions.jsonl")
-        self.server = Server(Desk(self.queue, self.manifest, self.journal, "anna"))
+        self.desk = Desk(self.queue, self.manifest, self.journal, "anna")
+        self.server = Server(self.desk)
         self.thread = threading.Thread(target=self.server.serve, daemon=True)
         self.thread.start()
         self.browser = browser
@@ -82,6 +83,12 @@ class Page:
 
     def click(self, css: str) -> None:
         self.browser.find_element("css selector", css).click()
+
+    def choose(self, which: str, wait: bool = True) -> None:
+        """Pick a filter; with `wait`, go on when its queue has come."""
+        self.click(f"#filter option[value='{which}']")
+        if wait:
+            self.settle()
 
     def text(self, css: str) -> str:
         return str(self.browser.find_element("css selector", css).text)
@@ -119,7 +126,7 @@ def test_keys(page: Page) -> None:
     guess = page.queue.items[0].guesses[0][0]
     assert page.current == ids[0], "the most suspicious one first"
     assert page.text("#label") == page.queue.items[0].label
-    page.browser.find_element("css selector", "#filter option[value='']").click()  # not the flagged ones alone
+    page.choose("")  # not the flagged ones alone
     page.keys("1", Keys.SPACE, "d", "s")
     entries = page.settle()
     assert did(entries) == [(ids[0], "relabel"), (ids[1], "keep"), (ids[2], "drop"), (ids[3], "skip")]
@@ -199,8 +206,7 @@ def _swipe(browser: Any, left: int, top: int, x: int, y: int) -> None:
 
 
 def test_several_at_once(page: Page) -> None:
-    page.browser.find_element("css selector", "#filter option[value='']").click()
-    page.settle()
+    page.choose("")
     for _ in WRONG:
         page.keys("1")
     page.keys("g")
@@ -220,7 +226,7 @@ def test_several_at_once(page: Page) -> None:
 def test_names_and_labels_are_text(page: Page) -> None:
     """A file is called `<img onerror…>`, a class `<b>kiwi</b>`."""
     hostile = page.manifest.table["path"][1]
-    page.browser.find_element("css selector", "#filter option[value='']").click()
+    page.choose("")
     for _ in range(len(page.queue.items)):
         if page.current == page.manifest.sample_ids[1]:
             break
@@ -249,7 +255,7 @@ def test_two_reviewers(page: Page) -> None:
 
 def test_an_image_that_is_gone(page: Page) -> None:
     page.manifest.paths[page.manifest.sample_ids.tolist().index(page.queue.items[5].sample_id)].unlink()
-    page.browser.find_element("css selector", "#filter option[value='']").click()
+    page.choose("")
     for _ in range(5):
         page.keys("n")
     page.wait("return !document.querySelector('#gone').hidden")
@@ -258,8 +264,33 @@ def test_an_image_that_is_gone(page: Page) -> None:
     assert did(page.settle()) == [(page.queue.items[5].sample_id, "drop")]
 
 
+def test_the_last_filter_counts(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The queue of the first choice comes after the second's: it is not shown."""
+    desk, late = page.desk, threading.Event()
+    chosen = desk.chosen
+
+    def slow(label: str, kind: str) -> list[int]:
+        found = chosen(label, kind)
+        if kind == "flagged":
+            late.wait(20)
+        return found
+
+    monkeypatch.setattr(desk, "chosen", slow)
+    page.choose("")
+    page.choose("flagged", wait=False)
+    assert not page.browser.execute_script("return octofold.idle"), "a queue is on its way"
+    page.choose(f"label:{CLASSES[0]}", wait=False)
+    page.wait(f"return document.querySelector('#label').textContent === {CLASSES[0]!r}")
+    shown = page.current
+    late.set()
+    page.settle()
+    assert page.current == shown, "the first choice's answer came too late to count"
+    page.keys("n")
+    assert page.text("#label") == CLASSES[0]
+
+
 def test_to_the_end_and_finish(page: Page) -> None:
-    page.browser.find_element("css selector", "#filter option[value='']").click()
+    page.choose("")
     for _ in page.queue.items:
         page.keys("k")
     assert len(page.settle()) == len(page.queue.items)
@@ -272,8 +303,7 @@ def test_to_the_end_and_finish(page: Page) -> None:
 
 def test_sixty_a_minute_and_a_picture_within_reach(page: Page, record_property: Callable[[str, object], None]) -> None:
     """Each key is answered by the next picture; how long it takes is recorded (docs/cleaning.md has numbers)."""
-    page.browser.find_element("css selector", "#filter option[value='']").click()
-    page.settle()
+    page.choose("")
     for number in range(25):
         page.keys("k")
         page.wait(f"return octofold.speed.length > {number}")
