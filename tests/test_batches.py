@@ -88,6 +88,7 @@ def test_points_count_by_how_many_are_visible(monkeypatch: pytest.MonkeyPatch) -
     target[8:16, 1:] = np.nan
     target[16:24] = np.nan  # a micro-batch with nothing to see
     made: Any = SimpleNamespace(target=target, unit_target=target, task=task, recipe=recipe.Recipe(), metric="mse")
+    made.mixes, made.class_weight = False, None
     whole = float(task.loss(torch.from_numpy(values), torch.from_numpy(target), recipe.Loss()))
     source, weigh = Features(values, target), job._weigh(made)
     for size, accumulate, world in ((32, 1, 1), (8, 4, 1), (32, 1, 2), (16, 2, 2)):

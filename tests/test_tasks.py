@@ -67,6 +67,26 @@ def test_wing_is_continuous_at_its_knee() -> None:
     assert abs(float(above - below)) < 1e-3
 
 
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 0.5, 0.2])])
+@pytest.mark.parametrize("name", [*CLASS_LOSSES, *POINT_LOSSES])
+def test_a_batch_s_loss_is_the_mean_of_its_parts_by_what_they_count(name: str, weight: torch.Tensor | None) -> None:
+    task = (Classify if name in CLASS_LOSSES else Keypoints)(NAMES)
+    logits, target = make_logits(8, task.outputs).detach(), torch.arange(8) % 3
+    if name == "bce":
+        weight = None  # its mean is over rows and classes, weights or none
+    if task.name == "keypoints":
+        target = torch.rand(8, 3, 2, generator=torch.Generator().manual_seed(1))
+        target[0] = target[5, 1] = float("nan")
+    count = task.counts(target.numpy(), None if weight is None else weight.numpy())
+    assert count.shape == (8,)
+    parts = sum(
+        float(task.loss(logits[part], target[part], Loss(name=name), weight)) * float(count[part].sum())
+        for part in (slice(0, 3), slice(3, 8))
+    )
+    whole = float(task.loss(logits, target, Loss(name=name), weight))
+    assert parts / float(count.sum()) == pytest.approx(whole, rel=1e-5)
+
+
 @pytest.mark.parametrize("name", POINT_LOSSES)
 def test_missing_points_count_nothing(name: str) -> None:
     task, logits = Keypoints(NAMES), make_logits(4, 6)

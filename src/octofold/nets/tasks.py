@@ -68,6 +68,10 @@ class Classify:
         shares = one_hot(target, self.outputs) * (1 - config.label_smoothing) + config.label_smoothing / self.outputs
         return F.binary_cross_entropy_with_logits(logits, shares, weight=class_weight)
 
+    def counts(self, target: Array, class_weight: Array | None = None) -> Array:
+        """Return how much each row of ``(N,)`` int classes counts in the mean that `loss` takes, ``(N,)``."""
+        return np.ones(len(target)) if class_weight is None else class_weight[target]
+
     def activate(self, logits: Tensor) -> Tensor:
         """Turn logits ``(B, K)`` into float32 probabilities."""
         return logits.float().softmax(dim=1)
@@ -115,6 +119,11 @@ class Keypoints:
         each = POINT_LOSSES[name]((self.activate(logits) - wanted.float()) * PERCENT)
         weight = there.float() if class_weight is None else there * class_weight.view(1, -1, 1)
         return (each * weight).sum() / weight.sum().clamp(min=1e-12)
+
+    def counts(self, target: Array, class_weight: Array | None = None) -> Array:
+        """Return how much each row of ``(N, P, 2)`` points counts in the mean that `loss` takes, ``(N,)``."""
+        there = np.isfinite(target).all(axis=-1)
+        return np.asarray(there.sum(axis=1) if class_weight is None else there @ class_weight)
 
     def activate(self, logits: Tensor) -> Tensor:
         """Turn logits ``(B, 2P)`` into float32 points ``(B, P, 2)``; logit 0 is the middle of the square."""

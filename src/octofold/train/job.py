@@ -385,11 +385,8 @@ def _features(job: Job, preset: str = "none", replicas: int = 0) -> Floats:
 
 
 def _weigh(job: Job) -> Callable[[Ints], float]:
-    """What rows count in the mean that the loss takes: visible points; of int targets, the sum of class weights."""
-    if job.target.ndim > 1:
-        seen = np.isfinite(job.target).all(axis=-1).sum(axis=1)
-        return lambda rows: float(seen[rows].sum())
-    if job.class_weight is None or job.mixes or job.recipe.loss.name == "bce":
-        return len
-    weight = job.class_weight.cpu().numpy()
-    return lambda rows: float(weight[job.target[rows]].sum())
+    """What rows count in the mean that the loss takes; only of int targets it is a mean by class weights."""
+    plain = job.mixes or job.recipe.loss.name == "bce"
+    weight = None if plain or job.class_weight is None else job.class_weight.cpu().numpy()
+    counts = job.task.counts(job.target, weight)
+    return lambda rows: float(counts[rows].sum())

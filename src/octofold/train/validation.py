@@ -27,9 +27,8 @@ def validate(job: Job, features: npt.NDArray[np.float32] | None) -> dict[str, fl
                 images = torch.from_numpy(np.stack([job.cache.square(row) for row in some.tolist()]))
                 images = job.laid_out(images.to(job.devices.device).permute(0, 3, 1, 2))
                 logits = job.net(images)  # never compiled: the last batch has a shape of its own
-            wanted = torch.from_numpy(job.unit_target[some]).to(job.devices.device)
-            share = float(torch.isfinite(wanted).all(dim=-1).sum()) if wanted.ndim == 3 else float(len(some))
-            loss += float(job.task.loss(logits.float(), wanted, plain)) * share  # the mean is over visible points
+            wanted, share = job.unit_target[some], float(job.task.counts(job.unit_target[some]).sum())
+            loss += share * float(job.task.loss(logits.float(), torch.from_numpy(wanted).to(logits.device), plain))
             weight += share
             parts.append(job.task.activate(logits).float().cpu().numpy())
     gathered = job.devices.gather((np.asarray(rows), np.concatenate(parts) if parts else None, loss, weight))
