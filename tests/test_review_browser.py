@@ -95,7 +95,7 @@ class Page:
 
     @property
     def current(self) -> str:
-        return str(self.wait("return octofold.current.id"))
+        return str(self.wait("return octofold.current?.id"))
 
     def settle(self) -> list[Entry]:
         """Wait until all is written and pictures stand; return the journal, read from the disk."""
