@@ -194,3 +194,32 @@ def test_importing_twice_is_importing_once(house: House, world: tuple[Manifest, 
     command = [sys.executable, "-c", ROUND, str(bundle), str(manifest.file), str(tmp_path / "again.zip")]
     done = subprocess.run(command, env=house.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+AT_ONCE = """
+import sys
+import time
+from pathlib import Path
+from octofold.commands import Import
+from octofold.infer import serving
+from octofold.train import bundles
+
+pack = serving.pack_slot
+serving.pack_slot = lambda *files: (time.sleep(5), pack(*files))[1]  # a slow disk, after the look and before the entry
+done = bundles.take_in(Import(bundle=Path(sys.argv[1]), manifest=Path(sys.argv[2])))
+print(done["slots"], done["new"])
+"""
+
+
+@pytest.mark.slow
+def test_of_two_imports_at_once_one_registers(house: House, world: tuple[Manifest, Path], tmp_path: Path) -> None:
+    manifest, home = world
+    bundle = zipped(home.parent, tmp_path / "b.zip")
+    command = [sys.executable, "-c", AT_ONCE, str(bundle), str(manifest.file)]
+    both = [
+        subprocess.Popen(command, env=house.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=600) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sorted(out.splitlines()[-1] for out, _ in said) == [f"['world.net.f2.s0/1'] {new}" for new in (0, 1)]

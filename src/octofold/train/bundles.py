@@ -29,6 +29,7 @@ from octofold.nets.tasks import make_task
 from octofold.predictions import Predictions
 from octofold.recipe import Recipe
 from octofold.track import registry, tracking
+from octofold.track.store import lock_file, locked, uri
 from octofold.train import checkpoint, zoo
 from octofold.train.training import metric_of
 
@@ -162,6 +163,8 @@ def _check_size(one: Listed, size: int) -> None:
 def take_in(settings: Import) -> dict[str, Any]:
     """Check a whole bundle, then register its slots; a slot that is here already (same weights) is left as it is.
 
+    Of two imports at once on one machine the second waits and finds the first one's slots.
+
     Raises:
         UserError: whatever does not fit; nothing is registered then.
     """
@@ -169,7 +172,9 @@ def take_in(settings: Import) -> dict[str, Any]:
     with _slots(settings, table) as homes:
         checked = [check(home, table) for home in homes]
         with tracking.run("import", settings, table.competition, f"import {settings.bundle.name}") as parent:
-            done = [_register(home, *found, table, parent) for home, found in zip(homes, checked, strict=True)]
+            # the look for a slot and its entry belong together
+            with locked(lock_file(uri()).with_suffix(".import.lock")):
+                done = [_register(home, *found, table, parent) for home, found in zip(homes, checked, strict=True)]
     return {"run_id": parent.id, "slots": [name for name, _ in done], "new": sum(new for _, new in done)}
 
 
