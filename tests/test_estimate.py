@@ -1,5 +1,8 @@
 """Estimates do not see what they score, and their intervals hold what they promise."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -115,6 +118,20 @@ def test_no_interval_holds_a_score_that_cannot_be(name: str) -> None:
     assert metric.least <= judged.score.low < judged.score.value < judged.score.high <= metric.most
     assert metric.least in judged.score or metric.most in judged.score
     assert judged.standard_error == pytest.approx(judged.seed_spread / np.sqrt(2), rel=0.02)
+
+
+def test_another_metrics_standard_error_is_that_of_a_verdict_by_it() -> None:
+    """Training seeds count there too."""
+    probs, target, fold = members((2.0,))
+    per_seed, groups = [probs, np.roll(probs, 1, axis=2)], np.arange(len(target)) // 3
+    by_loss, by_hits = (
+        verdict.judge("equal", probs, ["a"], target, fold, groups, METRICS[name], per_seed)
+        for name in ("log_loss", "accuracy")
+    )
+    rows: Any = SimpleNamespace(target=target, groups=groups)
+    found = verdict.standard_error(by_loss, rows, per_seed, ACCURACY)
+    assert found == pytest.approx(by_hits.standard_error, rel=1e-6)
+    assert found > 3 * verdict.standard_error(by_loss, rows, [], ACCURACY)
 
 
 def test_a_score_of_the_users_own_has_no_bounds() -> None:

@@ -1,11 +1,12 @@
 """Boards played many times."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from octofold.blend import shakeup
+from octofold.blend import blending, forecast, shakeup, verdict
 from octofold.metrics import METRICS
 from test_blending import members
 
@@ -58,7 +59,33 @@ def test_the_hedge_errs_elsewhere() -> None:
 
 
 def test_the_shake_up_is_told() -> None:
-    assert any("Two final submissions" in line for line in shakeup.told(worlds(), 0.3))
+    lines = shakeup.told(worlds(), worlds(), 0.3)
+    assert "public minus private of good" in lines[0]
+    assert lines[-1].startswith("Two final submissions: good (best estimate)")
+    assert shakeup.told(worlds(), None, 0.3) == lines[:1], "too few rows with labels: no order"
+
+
+def test_a_test_set_of_another_size() -> None:
+    """Rows stand for as many test images as there are: fewer are noisier."""
+    probs, target, _ = members((2.0, 1.9), rows=800)
+    spread = [
+        draw(
+            list(probs), ["a", "b"], np.eye(5)[target], METRICS["accuracy"], 0.5, resample=True, tests=tests, reps=300
+        ).gap
+        for tests in (100, 800, 6400)
+    ]
+    widths = [high - low for low, _, high in spread]
+    assert widths[0] > 2 * widths[1] > 4 * widths[2]
+
+
+def test_resampled_rows_are_whole_groups() -> None:
+    place = np.random.default_rng(0).integers(40, size=300)
+    sides = [np.flatnonzero(place < 10), np.flatnonzero(place >= 10)]
+    for rows, side in zip(shakeup._resampled(sides, place, np.random.default_rng(1), 1.0), sides, strict=True):
+        drawn = np.bincount(place[rows], minlength=40) / np.bincount(place, minlength=40)
+        assert np.array_equal(drawn, drawn.round()), "each group comes whole, as often as it was drawn"
+        assert drawn.sum() == len(np.unique(place[side]))
+        assert (np.bincount(rows, minlength=300) == drawn[place]).all()
 
 
 def test_one_candidate_is_both_finals() -> None:
@@ -74,9 +101,27 @@ def test_worlds_without_a_score_are_left_out_and_one_image_plays_no_boards() -> 
     played = draw([good, other], ["good", "other"], chance, METRICS["auc"], 0.3, reps=200)
     assert 30 <= played.public.shape[1] < 200
     assert np.isfinite(played.gap).all()
-    assert not any("nan" in line for line in shakeup.told(played, 0.3))
+    assert not any("nan" in line for line in shakeup.told(played, played, 0.3))
     alone = shakeup.draw([good[:1], other[:1]], ["good", "other"], chance[:1], METRICS["accuracy"], 0.3, reps=20)
     assert alone is None
     single = shakeup.draw([good, other], ["good", "other"], np.eye(2)[np.zeros(60, int)], METRICS["auc"], 0.3, reps=40)
     assert single is None
-    assert shakeup.told(alone, 0.3) == []
+    assert shakeup.told(alone, single, 0.3) == []
+
+
+def test_a_blend_is_no_judge_of_itself() -> None:
+    """A blend that out-of-fold rows show to be worse than a member is not the best estimate of the two finals."""
+    probs, target, fold = members((2.5, 0.3), rows=600)
+    names = ["good", "bad"]
+    method = blending.by_hand({"good": 0.1, "bad": 0.9}, names)
+    judged = verdict.judge(method, probs, names, target, fold, np.arange(600), METRICS["accuracy"])
+    rows = SimpleNamespace(classes=range(5), target=target, groups=np.arange(600))
+    lineup: Any = SimpleNamespace(names=names, voters=2, oof=probs, rows=rows)
+    said: Any = SimpleNamespace(final=judged.blend.apply(probs))
+    expected: Any = SimpleNamespace(outlook=SimpleNamespace(accuracy=SimpleNamespace(value=0.4)))
+    config: Any = SimpleNamespace(public_share=0.3, seed=0)
+    lines = forecast.shaken(config, lineup, judged, said, expected, METRICS["accuracy"])
+    assert lines[-1] == "Two final submissions: member good (best estimate), equal (hedge)."
+    assert any(
+        f"order {judged.blend.method} and member good differently with probability 0.00" in line for line in lines
+    )

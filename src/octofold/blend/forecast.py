@@ -82,7 +82,7 @@ def forecast(judged: Verdict, members: Lineup, said: Spoken, near: Near | None, 
     folds = [judged.blend.apply(part) for part in parts]
     error = judged.standard_error
     if name != "accuracy":
-        error = verdict.standard_error(judged.cross.values, members.rows, METRICS["accuracy"])
+        error = verdict.standard_error(judged, members.rows, members.per_seed, METRICS["accuracy"])
     slope = rehearsed(members.rows) if near is not None else shift.SURENESS
     voters = slice(0, members.voters)
     outlook = shift.foresee(
@@ -113,15 +113,24 @@ def rehearsed(rows: Manifest, most: int = 3000) -> float:
 def shaken(
     config: Blend, members: Lineup, judged: Verdict, said: Spoken, expected: Forecast, metric: Metric
 ) -> list[str]:
-    """Play the public and the private board for the submissions that could be made from these members."""
+    """Play the public and the private board for the submissions that could be made from these members.
+
+    How far the two boards part is a matter of how many test images there are, and how hard. Which submission is better,
+    only rows whose labels are known can say: the blend's own opinion of the test images is always for the blend.
+    """
+    method, share = judged.blend.method, config.public_share
     chance = shift.calibrated(said.final, expected.outlook.accuracy.value)
+    alone = shakeup.draw([said.final], [method], chance, metric, share, reps=400, seed=config.seed)
     voters = members.names[: members.voters]
     best = int(np.argmax([metric.sign * judged.members[name].value for name in voters]))
-    candidates = {judged.blend.method: said.final}
+    candidates = [(method, judged.cross.values)]
     if len(voters) > 1:
-        candidates |= {"equal": said.members[: len(voters)].mean(axis=0)} if judged.blend.method != "equal" else {}
-        candidates[voters[best]] = said.members[best]
-    worlds = shakeup.draw(
-        list(candidates.values()), list(candidates), chance, metric, config.public_share, reps=400, seed=config.seed
-    )
-    return shakeup.told(worlds, config.public_share)
+        candidates += [("equal", members.oof[: len(voters)].mean(axis=0))] if method != "equal" else []
+        candidates += [(f"member {voters[best]}", members.oof[best])]
+    names, values = zip(*candidates, strict=True)
+    truth = np.eye(len(members.rows.classes), dtype=np.float32)[members.rows.target]
+    rivals = shakeup.draw(
+        values, names, truth, metric, share, members.rows.groups, True, tests=len(said.final), reps=400,
+        seed=config.seed,
+    )  # fmt: skip
+    return shakeup.told(alone, rivals, share)

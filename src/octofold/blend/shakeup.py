@@ -60,16 +60,18 @@ def draw(
     groups: Array | None = None,
     resample: bool = False,
     drift: float = 0.0,
+    tests: int | None = None,
     reps: int = 1000,
     seed: int = 0,
 ) -> Worlds | None:
-    """Draw worlds for submissions of the same test images.
+    """Draw worlds for submissions of the same images.
 
     Args:
         candidates: C arrays ``(T, K)`` of probabilities, the first being the one of interest.
         names: C names.
-        chance: ``(T, K)`` what the labels may be: calibrated probabilities (`shift.calibrated`), or one-hot rows
-            where labels are known (OOF rows as a stand-in for the test set).
+        chance: ``(T, K)`` what the labels may be: one-hot rows where they are known (OOF rows as a stand-in for the
+            test set), or calibrated probabilities (`shift.calibrated`). The latter are somebody's opinion: under its
+            own probabilities a candidate is better than all others, so they are for the boards of one alone.
         metric: of the board.
         public_share: of the test set, 0..1.
         groups: ``(T,)``; rows of one group stay on one side. None = every row by itself.
@@ -78,6 +80,7 @@ def draw(
             so on both boards. Without it a good public part would leave a bad private one.
         drift: standard deviation of what the move from these rows to the real test set does to each candidate by
             itself, on both boards alike; the larger, the more the public board teaches.
+        tests: with `resample`, images of the test set that the rows stand for; None = as many.
         reps: worlds; those in which a board has no score (a part without some class) are left out.
         seed: of the draw.
 
@@ -89,15 +92,15 @@ def draw(
     _, place = np.unique(np.arange(rows) if groups is None else groups, return_inverse=True)
     if place.max(initial=0) < 1:  # it cannot be on both boards
         return None
-    steps = chance.cumsum(axis=1)
+    steps, given = chance.cumsum(axis=1), chance.argmax(axis=1)
     hits = _hits(candidates, metric)
     public, private = np.empty((len(candidates), reps)), np.empty((len(candidates), reps))
     for rep in range(reps):
-        target = (rng.random((rows, 1)) * steps[:, -1:] > steps).sum(axis=1)
+        target = given if resample else (rng.random((rows, 1)) * steps[:, -1:] > steps).sum(axis=1)
         is_open = _part(place, public_share, rng)
         sides = [np.flatnonzero(side) for side in (is_open, ~is_open)]
         if resample:
-            sides = _resampled(sides, place, rng)
+            sides = _resampled(sides, place, rng, (tests or rows) / rows)
         for row, values in enumerate(candidates):
             for board, side in zip((public, private), sides, strict=True):
                 if hits is not None:
@@ -129,15 +132,17 @@ def _part(place: Array, share: float, rng: np.random.Generator) -> Array:
     return found
 
 
-def _resampled(sides: Sequence[Array], place: Array, rng: np.random.Generator) -> list[Array]:
-    """Rows of each side anew: groups of a population that is itself a bootstrap of the groups."""
+def _resampled(sides: Sequence[Array], place: Array, rng: np.random.Generator, scale: float) -> list[Array]:
+    """Rows of each side anew, `scale` times as many: groups of a population that is itself a bootstrap of groups."""
     order = np.argsort(place, kind="stable")
     starts = np.searchsorted(place[order], np.arange(int(place.max()) + 2))
     population = rng.integers(len(starts) - 1, size=len(starts) - 1)
     found = []
     for side in sides:
-        chosen = rng.choice(population, size=len(np.unique(place[side])))
-        found.append(np.concatenate([order[starts[group] : starts[group + 1]] for group in chosen]))
+        chosen = rng.choice(population, size=max(1, round(scale * len(np.unique(place[side])))))
+        sizes = starts[chosen + 1] - starts[chosen]
+        first = np.repeat(starts[chosen] - (sizes.cumsum() - sizes), sizes)
+        found.append(order[first + np.arange(sizes.sum())])
     return found
 
 
@@ -153,22 +158,28 @@ def two_finals(worlds: Worlds) -> tuple[int, int]:
     return (a, b) if mean[a] >= mean[b] else (b, a)
 
 
-def told(worlds: Worlds | None, public_share: float) -> list[str]:
-    """The shake-up in words; none where nothing could be played."""
-    if worlds is None:
-        return []
-    low, _, high = worlds.gap
-    first, second = two_finals(worlds)
-    lines = [
-        f"With {public_share:.0%} of the test set public, public minus private of {worlds.names[0]} will lie in "
-        f"[{low:+.4f}, {high:+.4f}] (95 %) by chance alone."
-    ]
-    for other in range(1, len(worlds.names)):
+def told(alone: Worlds | None, rivals: Worlds | None, public_share: float) -> list[str]:
+    """The shake-up in words; none where nothing could be played.
+
+    Args:
+        alone: the first candidate on the boards of the test images themselves: how far chance parts its two scores.
+        rivals: all of them on boards of OOF rows: which is better, and how surely a board says so.
+        public_share: of the test set, 0..1.
+    """
+    lines = []
+    if alone is not None:
+        low, _, high = alone.gap
         lines.append(
-            f"The boards order {worlds.names[0]} and {worlds.names[other]} differently with probability "
-            f"{worlds.flips(0, other):.2f}."
+            f"With {public_share:.0%} of the test set public, public minus private of {alone.names[0]} will lie in "
+            f"[{low:+.4f}, {high:+.4f}] (95 %) by chance alone."
         )
-    lines.append(f"Picking the public best of these {len(worlds.names)} costs {worlds.regret:.4f} on average.")
-    if len(worlds.names) > 1:
-        lines.append(f"Two final submissions: {worlds.names[first]} (best estimate), {worlds.names[second]} (hedge).")
-    return lines
+    if rivals is None or len(rivals.names) < 2:
+        return lines
+    lines += [
+        f"The boards order {rivals.names[0]} and {name} differently with probability {rivals.flips(0, other):.2f}."
+        for other, name in enumerate(rivals.names)
+        if other
+    ]
+    first, second = two_finals(rivals)
+    lines.append(f"Picking the public best of these {len(rivals.names)} costs {rivals.regret:.4f} on average.")
+    return [*lines, f"Two final submissions: {rivals.names[first]} (best estimate), {rivals.names[second]} (hedge)."]

@@ -81,8 +81,7 @@ def judge(
     draws = estimate.bootstrap(everyone, target, groups, metric, seed=seed)
     scores = [metric.score(values, target) for values in everyone]
     spread = _seed_spread(blend, per_seed, target, metric)
-    widened = 0.0 if np.isnan(spread) else spread / np.sqrt(len(per_seed))
-    score = estimate.interval(scores[0], draws[0], widened)
+    score = estimate.interval(scores[0], draws[0], _widened(spread, per_seed))
     first = 1 + len(rivals)
     return Verdict(
         blend=blend,
@@ -101,9 +100,16 @@ def judge(
     )
 
 
-def standard_error(values: Array, rows: Manifest, metric: Metric) -> float:
-    """Standard error over groups of a score of out-of-fold values ``(N, …)``."""
-    return float(estimate.bootstrap([values], rows.target, rows.groups, metric)[0].std())
+def standard_error(judged: Verdict, rows: Manifest, per_seed: Sequence[Array], metric: Metric) -> float:
+    """Standard error of the blend's cross-fitted score by another metric, over groups and seeds as in `judge`."""
+    draws = estimate.bootstrap([judged.cross.values], rows.target, rows.groups, metric)[0]
+    spread = _seed_spread(judged.blend, per_seed, rows.target, metric)
+    return estimate.interval(0.0, draws, _widened(spread, per_seed)).standard_error
+
+
+def _widened(spread: float, per_seed: Sequence[Array]) -> float:
+    """Standard deviation of a mean over the training seeds at hand; 0 where there is one."""
+    return 0.0 if np.isnan(spread) else spread / float(np.sqrt(len(per_seed)))
 
 
 def _seed_spread(blend: Blend, per_seed: Sequence[Array], target: Array, metric: Metric) -> float:
