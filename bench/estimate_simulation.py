@@ -23,7 +23,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 
-from octofold.blend import blending, estimate, finals, rehearsal, shift, verdict
+from octofold.blend import blending, drawing, estimate, finals, rehearsal, shift, verdict
 from octofold.infer.combining import Blend
 from octofold.metrics import METRICS
 
@@ -129,7 +129,8 @@ def judge(game: Competition, seed: int) -> dict[str, Any]:
     right = ACCURACY.score(final, game.truth)
     others = {}
     for name in OTHERS:
-        found = shift.derived(final, outlook, METRICS[name], seed=seed)
+        known = judged.cross.values, game.target, game.groups
+        found = drawing.derived(final, outlook, METRICS[name], *known, seed=seed)
         others |= {f"{name}_truth": METRICS[name].score(final, game.truth)} | {
             f"{name}_{end}": value for end, value in found._asdict().items()
         }

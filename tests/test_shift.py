@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from octofold.blend import assembly, forecast, rehearsal, shift, verdict
+from octofold.blend import assembly, drawing, forecast, rehearsal, shift, verdict
 from octofold.metrics import METRICS, accuracy
 from test_blending import members
 
@@ -75,34 +75,12 @@ def test_temperature_finds_the_power_that_was_hidden() -> None:
     assert shift.temperature(shift.tempered(chance, 2.0), target) == pytest.approx(0.5, rel=0.15)
 
 
-def test_calibrated_probabilities_have_the_accuracy_asked_for() -> None:
-    test, _ = world(500, 0.3, 0)
-    for wanted in (0.6, 0.9):
-        assert shift.calibrated(test, wanted).max(axis=1).mean() == pytest.approx(wanted, abs=1e-3)
-
-
-def test_other_scores_follow_from_the_estimate_of_accuracy() -> None:
-    test, _ = world(800, 0.3, 0)
-    outlook = shift.Outlook(shift.Interval(0.8, 0.75, 0.84), 0.85, {})
-    same = shift.derived(test, outlook, METRICS["accuracy"])
-    assert same.value == pytest.approx(0.8, abs=0.01)
-    assert same.low == pytest.approx(0.75, abs=0.025)
-    assert same.high == pytest.approx(0.84, abs=0.025)
-    for name in ("macro_f1", "log_loss", "quadratic_kappa"):
-        found = shift.derived(test, outlook, METRICS[name])
-        assert found.low < found.value < found.high
-    worse = shift.Outlook(shift.Interval(0.6, 0.55, 0.65), 0.85, {})
-    assert (
-        shift.derived(test, worse, METRICS["log_loss"]).value > shift.derived(test, outlook, METRICS["log_loss"]).value
-    )
-
-
 def test_a_score_that_no_draw_of_labels_has_is_not_foretold() -> None:
     """One image is of one class: no AUC."""
     test, target = world(300, 0.3, 0)
     outlook = shift.Outlook(shift.Interval(0.8, 0.75, 0.84), 0.85, {}, about=["sampling"])
     auc = METRICS["auc"]
-    foretold = forecast.Forecast("auc", shift.derived(test[:1], outlook, auc), outlook)
+    foretold = forecast.Forecast("auc", drawing.derived(test[:1], outlook, auc, test, target), outlook)
     assert not foretold.is_known
     judged = verdict.judge("equal", np.stack([test, test]), ["a", "b"], target, np.arange(300) % 3, np.arange(300), auc)
     said = " ".join(foretold.told(judged))

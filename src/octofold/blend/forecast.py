@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from octofold.blend import lineup, rehearsal, shakeup, shift, verdict
+from octofold.blend import drawing, lineup, rehearsal, shakeup, shift, verdict
 from octofold.blend.estimate import Interval
 from octofold.blend.lineup import Lineup, Spoken
 from octofold.blend.nearness import Near
@@ -89,8 +89,10 @@ def forecast(judged: Verdict, members: Lineup, said: Spoken, near: Near | None, 
         judged.cross.values, members.rows.target, folds, error, near.distance if near is not None else None,
         (members.oof[voters], [part[voters] for part in parts]), slope,
     )  # fmt: skip
-    score = outlook.accuracy if name == "accuracy" else shift.derived(said.final, outlook, METRICS[name], seed=seed)
-    return Forecast(name, score, outlook)
+    if name == "accuracy":
+        return Forecast(name, outlook.accuracy, outlook)
+    known = judged.cross.values, members.rows.target, members.rows.groups
+    return Forecast(name, drawing.derived(said.final, outlook, METRICS[name], *known, seed=seed), outlook)
 
 
 def rehearsed(rows: Manifest, most: int = 3000) -> float:
@@ -119,7 +121,7 @@ def shaken(
     only rows whose labels are known can say: the blend's own opinion of the test images is always for the blend.
     """
     method, share = judged.blend.method, config.public_share
-    chance = shift.calibrated(said.final, expected.outlook.accuracy.value)
+    chance = drawing.calibrated(said.final, expected.outlook.accuracy.value)
     alone = shakeup.draw([said.final], [method], chance, metric, share, reps=400, seed=config.seed)
     voters = members.names[: members.voters]
     best = int(np.argmax([metric.sign * judged.members[name].value for name in voters]))

@@ -70,7 +70,7 @@ def draw(
         candidates: C arrays ``(T, K)`` of probabilities, the first being the one of interest.
         names: C names.
         chance: ``(T, K)`` what the labels may be: one-hot rows where they are known (OOF rows as a stand-in for the
-            test set), or calibrated probabilities (`shift.calibrated`). The latter are somebody's opinion: under its
+            test set), or calibrated probabilities (`drawing.calibrated`). The latter are somebody's opinion: under its
             own probabilities a candidate is better than all others, so they are for the boards of one alone.
         metric: of the board.
         public_share: of the test set, 0..1.
