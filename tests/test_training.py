@@ -15,6 +15,7 @@ from octofold.data.images import PixelSpec, open_cache
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError
 from octofold.nets import augment, models
+from octofold.predictions import Predictions
 from octofold.recipe import Recipe
 from octofold.train import calibration, features, interrupt, job, outcome, training
 from octofold.train.features import FrozenTrunk
@@ -110,6 +111,33 @@ def test_accumulating_two_halves_is_one_whole(home: Path) -> None:
     changes["optim"] = changes["optim"] | {"accumulate": 2}
     halves = weights(train(home, table, "halves", phases=frozen, batch_size=4, **changes))
     assert all(torch.allclose(value, halves[name], atol=1e-6) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("loss", [{}, {"label_smoothing": 0.2}, {"name": "bce"}])
+def test_a_step_shared_out_is_one_whole_beside_a_teacher_of_half_the_rows(home: Path, loss: dict[str, Any]) -> None:
+    table = make_world(home, samples=48, folds=2)
+    table.table.loc[table.table.index % 4 == 1, "label"] = "ash"  # classes of unlike weight
+    known = np.arange(0, 48, 3)
+    values = np.random.default_rng(0).dirichlet(np.ones(3), len(known))
+    said = Predictions(table.sample_ids[known], values, table.classes, "x", "t", "x", "none", table.fold[known])
+    teacher = {"teacher": str(said.save(home / "teacher.parquet"))}
+
+    def gradient(size: int, accumulate: int = 1, world: int = 1) -> torch.Tensor:
+        settings = {"batch_size": size, "optim": {"accumulate": accumulate}, "distill": teacher}
+        recipe = recipe_of(loss=loss | {"class_weights": True}, **settings)
+        made = job.open_job(recipe, table, 0, 0, home / "slot", Devices(torch.device("cpu")))
+        part = job.enter(made, 0)
+        made.net.eval()  # batch norm would see parts
+        for part.batches.rank in range(world):
+            part.batches.world = world
+            training._gradients(made, part, part.batches.load(0, 0, 0), 0)
+        found = [one.grad.flatten() for one in made.net.parameters() if one.grad is not None]
+        return torch.cat(found)
+
+    whole = gradient(24)
+    assert whole.abs().sum() > 0
+    for parts in (gradient(8, 3), gradient(24, world=2), gradient(12, 2, world=2)):
+        torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-4)
 
 
 def test_cached_features_equal_the_plain_way(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,13 @@ class Job:
     def mixes(self) -> bool:
         """Whether batches are mixed up or cut-mixed."""
         return self.recipe.augment.mixup_prob + self.recipe.augment.cutmix_prob > 0
+
+    @cached_property
+    def counts(self) -> npt.NDArray[Any]:
+        """How much each row of the manifest counts in the mean that the loss takes, ``(N,)``."""
+        plain = self.mixes or self.recipe.loss.name == "bce"  # only of int targets it is a mean by class weights
+        weight = None if plain or self.class_weight is None else self.class_weight.cpu().numpy()
+        return self.task.counts(self.target, weight)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Compute in the runtime's precision."""
@@ -339,7 +347,7 @@ def _batches(job: Job, phase: Phase, source: Pixels | Features) -> Batches:
         job.runtime["workers"],
         job.devices.rank,
         job.devices.world,
-        _weigh(job),
+        lambda rows: float(job.counts[rows].sum()),
         recipe.augment if job.mixes else None,
         len(classes),
     )
@@ -382,11 +390,3 @@ def _features(job: Job, preset: str = "none", replicas: int = 0) -> Floats:
     found = read() if job.devices.is_main else None
     job.devices.wait()
     return read() if found is None else found
-
-
-def _weigh(job: Job) -> Callable[[Ints], float]:
-    """What rows count in the mean that the loss takes; only of int targets it is a mean by class weights."""
-    plain = job.mixes or job.recipe.loss.name == "bce"
-    weight = None if plain or job.class_weight is None else job.class_weight.cpu().numpy()
-    counts = job.task.counts(job.target, weight)
-    return lambda rows: float(counts[rows].sum())

@@ -142,7 +142,9 @@ def _gradients(job: Job, part: Part, batch: list[MicroBatch], seed: int) -> floa
             loss = _on_labels(job, micro, logits.float())
         else:
             soft = job.teacher[torch.from_numpy(micro.rows)].to(logits.device)
-            loss = teach(partial(_on_labels, job, micro, logits.float()), logits.float(), soft, job.recipe.distill)
+            counts = torch.from_numpy(job.counts[micro.rows]).to(logits.device, torch.float32)
+            labels = partial(_on_labels, job, micro, logits.float())
+            loss = teach(labels, logits.float(), soft, counts, job.recipe.distill)
         (loss * (micro.share * job.scale.value)).backward()  # type: ignore[no-untyped-call]
         total += loss.detach() * micro.share
     job.devices.sum_gradients(part.parameters)
