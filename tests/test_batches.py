@@ -89,7 +89,7 @@ def test_points_count_by_how_many_are_visible(monkeypatch: pytest.MonkeyPatch) -
     target[8:16, 1:] = np.nan
     target[16:24] = np.nan  # a micro-batch with nothing to see
     made: Any = SimpleNamespace(target=target, unit_target=target, task=task, recipe=recipe.Recipe(), metric="mse")
-    made.mixes, made.class_weight = False, None
+    made.class_weight = None
     whole = float(task.loss(torch.from_numpy(values), torch.from_numpy(target), recipe.Loss()))
     source, counts = Features(values, target), job.Job.counts.func(made)
 

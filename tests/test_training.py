@@ -259,6 +259,12 @@ def test_a_batch_too_small_for_all_processes_is_refused(home: Path) -> None:
     [
         ("phase 0 epoch 0 step", {"optim": {"lr": 1e30, "clip_norm": None}, "phases": [{"epochs": 3}]}),
         ("mixup", {"augment": {"preset": "none", "mixup_prob": 0.5, "mixup_alpha": 1}, "task": "keypoints"}),
+        ("loss.class_weights", {"loss": {"class_weights": True}, "task": "keypoints"}),
+        (
+            "loss.weighted_sampler, loss.label",
+            {"loss": {"weighted_sampler": True, "label_smoothing": 0.1}, "task": "keypoints"},
+        ),
+        ("replicas", {"phases": [{"epochs": 1, "train": "head", "replicas": 2}], "task": "keypoints"}),
         ("metric", {"metric": "mse"}),
         ("classes", {"classes": ["oak"]}),
         ("views", {"tta": "geo16"}),
@@ -269,6 +275,21 @@ def test_mistakes_are_told(home: Path, where: str, changes: dict[str, Any]) -> N
     task = changes.pop("task", "classify")
     with pytest.raises(UserError, match=where):
         train(home, make_world(home, samples=36, task=task), **changes)
+
+
+def test_what_a_recipe_says_in_vain_is_told() -> None:
+    def smells(**changes: Any) -> str:
+        return "\n".join(recipe_of(**changes).smells())
+
+    mixing = {"mixup_prob": 0.5, "mixup_alpha": 0.2}
+    head = {"train": "head", "replicas": 2}
+    assert "augment.cutmix_alpha mixes nothing" in smells(augment={"cutmix_alpha": 1, **mixing})
+    assert "replicas 2 are not used with train: all" in smells(phases=[{"epochs": 1, "replicas": 2}])
+    assert "replicas 2 are not used beside mixup" in smells(phases=[head], augment=mixing)
+    assert "not used beside easy_augment" in smells(phases=[head | {"easy_augment": "full"}])
+    used = smells(phases=[head | {"easy_augment": "none"}], augment={"preset": "none", "mixup_prob": 0})
+    assert "not used" not in used
+    assert "nothing" not in used
 
 
 def test_a_diverging_loss_names_step_and_remedy(home: Path) -> None:

@@ -110,15 +110,12 @@ class Job:
         wanted = harden.wanted_rows(self.recipe.classes, self.target, self.manifest.classes)
         return np.flatnonzero(wanted & (self.manifest.fold == self.fold))
 
-    @property
-    def mixes(self) -> bool:
-        """Whether batches are mixed up or cut-mixed."""
-        return self.recipe.augment.mixup_prob + self.recipe.augment.cutmix_prob > 0
-
     @cached_property
     def counts(self) -> npt.NDArray[Any]:
         """How much each row of the manifest counts in the mean that the loss takes, ``(N,)``."""
-        plain = self.mixes or self.recipe.loss.name == "bce"  # only of int targets it is a mean by class weights
+        plain = (
+            self.recipe.augment.mixes or self.recipe.loss.name == "bce"
+        )  # only of int targets it is a mean by class weights
         weight = None if plain or self.class_weight is None else self.class_weight.cpu().numpy()
         return self.task.counts(self.target, weight)
 
@@ -243,10 +240,7 @@ def _check(recipe: Recipe, task: Task, devices: Devices) -> None:
     if recipe.batch_size <= (few := BLOCK * (devices.world - 1)):  # the last process would never see an image
         raise UserError(f"batch_size {recipe.batch_size}", expected=f"over {few} for {devices.world} processes")
     task.check_views(recipe.tta)
-    if task.name == "keypoints" and recipe.augment.mixup_prob + recipe.augment.cutmix_prob:
-        raise UserError("augment.mixup_prob, augment.cutmix_prob", expected="0: points cannot be mixed")
-    if task.name == "classify" and recipe.model.head == "heatmap":  # its outputs are places, x and y in turn
-        raise UserError("model.head: heatmap", expected="key points", got="classes", fix="model.head: linear or mlp")
+    task.check_recipe(recipe)
 
 
 def _network(recipe: Recipe, task: Task, seed: int, devices: Devices, start: Path | None) -> models.Net:
@@ -348,7 +342,7 @@ def _batches(job: Job, phase: Phase, source: Pixels | Features) -> Batches:
         job.devices.rank,
         job.devices.world,
         lambda rows: float(job.counts[rows].sum()),
-        recipe.augment if job.mixes else None,
+        recipe.augment if recipe.augment.mixes else None,
         len(classes),
     )
 
@@ -366,7 +360,7 @@ def _frozen(job: Job) -> Forward:
 def _is_cacheable(job: Job, preset: str | list[str], phase: Phase) -> bool:
     """Whether a frozen trunk's features serve every epoch: nothing random, or a fixed number of random versions."""
     drawn = isinstance(preset, str) and phase.replicas > 0 and job.target.ndim == 1  # points would have to move along
-    return phase.train == "head" and (preset == "none" or drawn) and not job.mixes
+    return phase.train == "head" and (preset == "none" or drawn) and not job.recipe.augment.mixes
 
 
 def frozen_trunk(job: Job) -> FrozenTrunk:
