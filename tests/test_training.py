@@ -336,6 +336,12 @@ def test_a_batch_of_one_works_or_is_refused(home: Path) -> None:
     table = make_world(home, samples=9)
     result = train(home, table, batch_size=1)
     assert np.isfinite(result.history["train/loss"]).all()
+    model = {"name": "mobilenetv3_small_050", "input_size": 32}  # its last maps are 1x1
+    with pytest.raises(UserError, match=r"batch_size 1\n.*two images(.|\n)*raise batch_size"):
+        train(home, table, "alone", batch_size=1, model=model)
+    table.table["fold"] = [1] + [0] * 8
+    with pytest.raises(UserError, match=r"one of 1 training row\n(.|\n)*more rows"):
+        train(home, table, "one", batch_size=8, model=model)
 
 
 def test_a_row_left_over_by_accumulation_is_not_alone_before_batchnorm(home: Path) -> None:
