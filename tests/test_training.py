@@ -386,6 +386,17 @@ def test_a_phase_that_stops_gaining_makes_room_for_the_next(home: Path) -> None:
     assert {int(value) for name, value in averaged.items() if name.endswith("num_batches_tracked")} == {1}
 
 
+def test_an_average_that_never_began_is_told(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    table, still = make_world(home, samples=36), [{"epochs": 9, "lr": 1e-9, "schedule": "constant"}]
+    swa = {"kind": "swa", "start_epoch": 6}
+    result = train(home, table, phases=still, early_stop=2, average=swa, select="last")
+    assert models.read_card(result.model_folder).info["chosen"] == "last"
+    assert "nothing was averaged: it ended after 3 epochs, before average.start_epoch 6; the last" in caplog.text
+    caplog.clear()
+    train(home, table, "averaged", phases=still, early_stop=2, average=swa | {"start_epoch": 2})
+    assert "nothing was averaged" not in caplog.text
+
+
 def test_stop_files_from_before_are_forgotten(home: Path) -> None:
     (home / "stop").touch()
     interrupt.clear([home])
