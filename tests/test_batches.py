@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -88,9 +89,13 @@ def test_points_count_by_how_many_are_visible(monkeypatch: pytest.MonkeyPatch) -
     target[8:16, 1:] = np.nan
     target[16:24] = np.nan  # a micro-batch with nothing to see
     made: Any = SimpleNamespace(target=target, unit_target=target, task=task, recipe=recipe.Recipe(), metric="mse")
-    made.mixes, made.class_weight = False, None
+    made.class_weight = None
     whole = float(task.loss(torch.from_numpy(values), torch.from_numpy(target), recipe.Loss()))
-    source, weigh = Features(values, target), job._weigh(made)
+    source, counts = Features(values, target), job.Job.counts.func(made)
+
+    def weigh(rows: npt.NDArray[np.int64]) -> float:
+        return float(counts[rows].sum())
+
     for size, accumulate, world in ((32, 1, 1), (8, 4, 1), (32, 1, 2), (16, 2, 2)):
         order = Order(np.arange(32), 0, size, accumulate)
         ranks = [Batches(order, source, torch.device("cpu"), 0, rank, world, weigh) for rank in range(world)]

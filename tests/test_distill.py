@@ -73,32 +73,49 @@ def test_the_loss_is_smallest_where_student_and_teacher_agree() -> None:
     def nine(rows: torch.Tensor | None = None) -> torch.Tensor:
         return torch.tensor(9.0)
 
-    distill.teach(nine, same, soft, config).backward()  # type: ignore[no-untyped-call]
+    ones = torch.ones(2)
+    distill.teach(nine, same, soft, ones, config).backward()  # type: ignore[no-untyped-call]
     assert same.grad is not None
     assert same.grad.abs().max() < 1e-6
-    assert distill.teach(nine, torch.zeros(2, 3), soft, Distill(teacher="x", share=0.0)) == 9
+    assert distill.teach(nine, torch.zeros(2, 3), soft, ones, Distill(teacher="x", share=0.0)) == 9
     unknown = torch.full((2, 3), torch.nan)
-    assert distill.teach(nine, torch.zeros(2, 3), unknown, config) == 9
+    assert distill.teach(nine, torch.zeros(2, 3), unknown, ones, config) == 9
     half = torch.stack([soft[0], unknown[0]])  # a row the teacher does not know counts by its label
-    mixed = distill.teach(nine, torch.zeros(2, 3), half, config)
-    alone = distill.teach(nine, torch.zeros(1, 3), soft[:1], config)
+    mixed = distill.teach(nine, torch.zeros(2, 3), half, ones, config)
+    alone = distill.teach(nine, torch.zeros(1, 3), soft[:1], ones[:1], config)
     assert mixed == pytest.approx(float(9 + alone) / 2)
 
 
-def test_a_row_without_a_teacher_weighs_as_much_as_one_with() -> None:
-    """A row's own share is mixed, not the batch's: the sum over rows is the same however they are put together."""
+@pytest.mark.parametrize("weight", [None, torch.tensor([0.1, 1.0, 0.5])])
+def test_a_row_without_a_teacher_weighs_as_much_as_one_with(weight: torch.Tensor | None) -> None:
+    """A row's own share is mixed, not the batch's: the mean over rows is the same however they are put together."""
     soft = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [torch.nan] * 3])
     logits, target = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 3.0]]), torch.tensor([0, 2, 1])
     config = Distill(teacher="x", share=0.6)
+    counts = torch.ones(3) if weight is None else weight[target]
 
-    def loss(rows: list[int]) -> float:
+    def loss(rows: list[int]) -> torch.Tensor:
         def labels(known: torch.Tensor | None = None) -> torch.Tensor:
             some = rows if known is None else torch.tensor(rows)[known]
-            return torch.nn.functional.cross_entropy(logits[some], target[some])
+            return torch.nn.functional.cross_entropy(logits[some], target[some], weight)
 
-        return float(distill.teach(labels, logits[rows], soft[rows], config))
+        return distill.teach(labels, logits[rows], soft[rows], counts[rows], config)
 
-    assert loss([0, 1, 2]) == pytest.approx((loss([0]) + loss([1]) + loss([2])) / 3)
+    each = torch.stack([loss([0]), loss([1]), loss([2])])
+    torch.testing.assert_close(loss([0, 1, 2]), (counts * each).sum() / counts.sum())
+
+
+def test_a_teacher_in_doubt_drives_no_row_away_from_its_label() -> None:
+    logits, target = torch.zeros(2, 2, requires_grad=True), torch.tensor([0, 1])
+    soft, weight = torch.tensor([[0.5, 0.5], [torch.nan, torch.nan]]), torch.tensor([0.1, 1.0])
+
+    def labels(known: torch.Tensor | None = None) -> torch.Tensor:
+        some = slice(None) if known is None else known
+        return torch.nn.functional.cross_entropy(logits[some], target[some], weight)
+
+    distill.teach(labels, logits, soft, weight, Distill(teacher="x")).backward()  # type: ignore[no-untyped-call]
+    assert logits.grad is not None
+    assert logits.grad[0, 0] < 0
 
 
 def test_mixing_images_beside_a_teacher_is_refused() -> None:

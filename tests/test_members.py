@@ -156,6 +156,8 @@ def test_the_member_shows_the_score_of_the_last_call_and_of_which_slots(table: M
     assert few["run_id"] == every["run_id"]
     assert parent.metrics["oof/accuracy"] == every["oof/accuracy"]
     assert (parent.tags["folds"], parent.tags["seeds"]) == ("0,1", "0")
+    assert "cfg.batch_size" in parent.params
+    assert not {"cfg.folds", "cfg.seeds"} & parent.params.keys(), "those of the first call, for good"
     with tracking.run("train", None, "tiny") as run:
         for value in (0.5, 0.75, 0.75, float("nan"), float("nan")):
             members._log_latest(run, {"oof/accuracy": value})

@@ -15,6 +15,7 @@ from octofold.data.images import PixelSpec, open_cache
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError
 from octofold.nets import augment, models
+from octofold.predictions import Predictions
 from octofold.recipe import Recipe
 from octofold.train import calibration, features, interrupt, job, outcome, training
 from octofold.train.features import FrozenTrunk
@@ -110,6 +111,33 @@ def test_accumulating_two_halves_is_one_whole(home: Path) -> None:
     changes["optim"] = changes["optim"] | {"accumulate": 2}
     halves = weights(train(home, table, "halves", phases=frozen, batch_size=4, **changes))
     assert all(torch.allclose(value, halves[name], atol=1e-6) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("loss", [{}, {"label_smoothing": 0.2}, {"name": "bce"}])
+def test_a_step_shared_out_is_one_whole_beside_a_teacher_of_half_the_rows(home: Path, loss: dict[str, Any]) -> None:
+    table = make_world(home, samples=48, folds=2)
+    table.table.loc[table.table.index % 4 == 1, "label"] = "ash"  # classes of unlike weight
+    known = np.arange(0, 48, 3)
+    values = np.random.default_rng(0).dirichlet(np.ones(3), len(known))
+    said = Predictions(table.sample_ids[known], values, table.classes, "x", "t", "x", "none", table.fold[known])
+    teacher = {"teacher": str(said.save(home / "teacher.parquet"))}
+
+    def gradient(size: int, accumulate: int = 1, world: int = 1) -> torch.Tensor:
+        settings = {"batch_size": size, "optim": {"accumulate": accumulate}, "distill": teacher}
+        recipe = recipe_of(loss=loss | {"class_weights": True}, **settings)
+        made = job.open_job(recipe, table, 0, 0, home / "slot", Devices(torch.device("cpu")))
+        part = job.enter(made, 0)
+        made.net.eval()  # batch norm would see parts
+        for part.batches.rank in range(world):
+            part.batches.world = world
+            training._gradients(made, part, part.batches.load(0, 0, 0), 0)
+        found = [one.grad.flatten() for one in made.net.parameters() if one.grad is not None]
+        return torch.cat(found)
+
+    whole = gradient(24)
+    assert whole.abs().sum() > 0
+    for parts in (gradient(8, 3), gradient(24, world=2), gradient(12, 2, world=2)):
+        torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-4)
 
 
 def test_cached_features_equal_the_plain_way(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,6 +259,12 @@ def test_a_batch_too_small_for_all_processes_is_refused(home: Path) -> None:
     [
         ("phase 0 epoch 0 step", {"optim": {"lr": 1e30, "clip_norm": None}, "phases": [{"epochs": 3}]}),
         ("mixup", {"augment": {"preset": "none", "mixup_prob": 0.5, "mixup_alpha": 1}, "task": "keypoints"}),
+        ("loss.class_weights", {"loss": {"class_weights": True}, "task": "keypoints"}),
+        (
+            "loss.weighted_sampler, loss.label",
+            {"loss": {"weighted_sampler": True, "label_smoothing": 0.1}, "task": "keypoints"},
+        ),
+        ("replicas", {"phases": [{"epochs": 1, "train": "head", "replicas": 2}], "task": "keypoints"}),
         ("metric", {"metric": "mse"}),
         ("classes", {"classes": ["oak"]}),
         ("views", {"tta": "geo16"}),
@@ -241,6 +275,21 @@ def test_mistakes_are_told(home: Path, where: str, changes: dict[str, Any]) -> N
     task = changes.pop("task", "classify")
     with pytest.raises(UserError, match=where):
         train(home, make_world(home, samples=36, task=task), **changes)
+
+
+def test_what_a_recipe_says_in_vain_is_told() -> None:
+    def smells(**changes: Any) -> str:
+        return "\n".join(recipe_of(**changes).smells())
+
+    mixing = {"mixup_prob": 0.5, "mixup_alpha": 0.2}
+    head = {"train": "head", "replicas": 2}
+    assert "augment.cutmix_alpha mixes nothing" in smells(augment={"cutmix_alpha": 1, **mixing})
+    assert "replicas 2 are not used with train: all" in smells(phases=[{"epochs": 1, "replicas": 2}])
+    assert "replicas 2 are not used beside mixup" in smells(phases=[head], augment=mixing)
+    assert "not used beside easy_augment" in smells(phases=[head | {"easy_augment": "full"}])
+    used = smells(phases=[head | {"easy_augment": "none"}], augment={"preset": "none", "mixup_prob": 0})
+    assert "not used" not in used
+    assert "nothing" not in used
 
 
 def test_a_diverging_loss_names_step_and_remedy(home: Path) -> None:
@@ -287,6 +336,12 @@ def test_a_batch_of_one_works_or_is_refused(home: Path) -> None:
     table = make_world(home, samples=9)
     result = train(home, table, batch_size=1)
     assert np.isfinite(result.history["train/loss"]).all()
+    model = {"name": "mobilenetv3_small_050", "input_size": 32}  # its last maps are 1x1
+    with pytest.raises(UserError, match=r"batch_size 1\n.*two images(.|\n)*raise batch_size"):
+        train(home, table, "alone", batch_size=1, model=model)
+    table.table["fold"] = [1] + [0] * 8
+    with pytest.raises(UserError, match=r"one of 1 training row\n(.|\n)*more rows"):
+        train(home, table, "one", batch_size=8, model=model)
 
 
 def test_a_row_left_over_by_accumulation_is_not_alone_before_batchnorm(home: Path) -> None:
@@ -329,6 +384,17 @@ def test_a_phase_that_stops_gaining_makes_room_for_the_next(home: Path) -> None:
     swa = {"kind": "swa", "start_epoch": 3}  # the epochs that trained the trunk: its statistics are counted afresh
     averaged = weights(train(home, table, "swa", phases=phases, early_stop=2, average=swa, select="last"))
     assert {int(value) for name, value in averaged.items() if name.endswith("num_batches_tracked")} == {1}
+
+
+def test_an_average_that_never_began_is_told(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    table, still = make_world(home, samples=36), [{"epochs": 9, "lr": 1e-9, "schedule": "constant"}]
+    swa = {"kind": "swa", "start_epoch": 6}
+    result = train(home, table, phases=still, early_stop=2, average=swa, select="last")
+    assert models.read_card(result.model_folder).info["chosen"] == "last"
+    assert "nothing was averaged: it ended after 3 epochs, before average.start_epoch 6; the last" in caplog.text
+    caplog.clear()
+    train(home, table, "averaged", phases=still, early_stop=2, average=swa | {"start_epoch": 2})
+    assert "nothing was averaged" not in caplog.text
 
 
 def test_stop_files_from_before_are_forgotten(home: Path) -> None:

@@ -60,6 +60,11 @@ class Augment(Section):
     cutmix_prob: float = Field(0.0, ge=0, le=1, description="share of batches cut-mixed (exclusive with mixup)")
     easy: Easy = Easy()
 
+    @property
+    def mixes(self) -> bool:
+        """Whether batches are mixed up or cut-mixed."""
+        return (self.mixup_prob > 0 < self.mixup_alpha) or (self.cutmix_prob > 0 < self.cutmix_alpha)
+
 
 class Optim(Section):
     """How weights move."""
@@ -189,7 +194,12 @@ class Recipe(Section):
     def _consistent(self) -> "Recipe":
         if self.augment.mixup_prob + self.augment.cutmix_prob > 1:
             raise ValueError("augment.mixup_prob + augment.cutmix_prob must be at most 1")
-        if self.distill.teacher and self.augment.mixup_prob + self.augment.cutmix_prob:
+        for kind in ("mixup", "cutmix"):
+            if getattr(self.augment, f"{kind}_prob") and not getattr(self.augment, f"{kind}_alpha"):
+                raise ValueError(
+                    f"augment.{kind}_prob mixes nothing while augment.{kind}_alpha is 0: set that too, as to 0.2 or 1"
+                )
+        if self.distill.teacher and self.augment.mixes:
             raise ValueError("distill.teacher speaks of whole images: mixup_prob and cutmix_prob must be 0 beside it")
         if len({phase.name for phase in self.phases}) != len(self.phases):
             raise ValueError("phases must have different names")
@@ -213,6 +223,12 @@ class Recipe(Section):
         found = []
         if self.loss.class_weights and self.loss.weighted_sampler:
             found.append("classes are balanced twice (class_weights and weighted_sampler)")
+        for kind in ("mixup", "cutmix"):
+            if getattr(self.augment, f"{kind}_alpha") and not getattr(self.augment, f"{kind}_prob"):
+                found.append(f"augment.{kind}_alpha mixes nothing while augment.{kind}_prob is 0")
+        for phase in self.phases:
+            if phase.replicas and (why := self._in_vain(phase)):
+                found.append(f"phase '{phase.name}': replicas {phase.replicas} are not used {why}")
         if self.average.kind == "swa" and self.average.start_epoch >= sum(phase.epochs for phase in self.phases):
             found.append(f"average.start_epoch {self.average.start_epoch} is after the last epoch: nothing is averaged")
         if self.select == "best" and self.early_stop is None and sum(phase.epochs for phase in self.phases) > 1:
@@ -220,3 +236,13 @@ class Recipe(Section):
         if self.overfit:
             found.append("overfit: trained and validated on the same few samples; its scores mean nothing")
         return found
+
+    def _in_vain(self, phase: Phase) -> str:
+        """Say why a phase's replicas are not used; "" if they are."""
+        if phase.train != "head":
+            return "with train: all, whose features change: fresh versions are drawn"
+        if self.augment.mixes:
+            return "beside mixup or cutmix: fresh versions are drawn"
+        if phase.easy_augment not in (None, phase.augment or self.augment.preset):
+            return "beside easy_augment: fresh versions are drawn"
+        return ""

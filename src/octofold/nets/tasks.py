@@ -84,6 +84,13 @@ class Classify:
         """Refuse an unknown view set; every known one is right for classes."""
         known("views", views, VIEWS)
 
+    def check_recipe(self, config: recipe.Recipe) -> None:
+        """Refuse what only points know."""
+        if config.model.head == "heatmap":  # its outputs are places, x and y in turn
+            raise UserError(
+                "model.head: heatmap", expected="key points", got="classes", fix="model.head: linear or mlp"
+            )
+
     def score(self, values: Array, target: Array, metric: str) -> float:
         """Score probabilities ``(N, K)`` against ``(N,)`` int classes."""
         return _score(self.name, values, target, metric)
@@ -147,6 +154,19 @@ class Keypoints:
                 got="none in the manifest",
                 fix="give prepare the pairs (--swap none if no point has a twin), or use tta: none",
             )
+
+    def check_recipe(self, config: recipe.Recipe) -> None:
+        """Refuse what only classes know, rather than pass it over."""
+        if config.augment.mixes:
+            raise UserError("augment.mixup_prob, augment.cutmix_prob", expected="0: points cannot be mixed")
+        asked = [
+            name for name in ("class_weights", "weighted_sampler", "label_smoothing") if getattr(config.loss, name)
+        ]
+        if asked:
+            where = ", ".join(f"loss.{name}" for name in asked)
+            raise UserError(where, expected="classes", got="key points", fix="leave it out: points have no classes")
+        if any(phase.replicas for phase in config.phases):
+            raise UserError("phases[].replicas", expected="0: points would have to move along", fix="leave it out")
 
     def score(self, values: Array, target: Array, metric: str) -> float:
         """Score points ``(N, P, 2)`` against the truth, both in original pixels; missing points are not counted."""

@@ -93,13 +93,16 @@ def read_teacher(config: recipe.Distill, manifest: Manifest, train: npt.NDArray[
     return soft
 
 
-def teach(labels: Callable[..., Tensor], logits: Tensor, soft: Tensor, config: recipe.Distill) -> Tensor:
+def teach(
+    labels: Callable[..., Tensor], logits: Tensor, soft: Tensor, counts: Tensor, config: recipe.Distill
+) -> Tensor:
     """Mix the loss on the labels with the cross-entropy to the teacher's probabilities, row by row.
 
     Args:
         labels: gives the mean loss on the labels; of some rows, if it is given their mask.
         logits: ``(B, K)`` float.
         soft: ``(B, K)`` the teacher's probabilities; rows with NaN are taught by their labels alone.
+        counts: ``(B,)`` > 0, how much each row counts in the mean that `labels` takes; in this mean it counts the same.
         config: how much and how soft.
     """
     hard = labels()
@@ -109,6 +112,8 @@ def teach(labels: Callable[..., Tensor], logits: Tensor, soft: Tensor, config: r
     heat = config.temperature
     wanted = (soft[known].clamp_min(TINY).log() / heat).softmax(dim=1)
     # T^2 keeps the gradient's size when the temperature changes
-    taught = F.cross_entropy(logits[known] / heat, wanted) * heat**2
+    each = F.cross_entropy(logits[known] / heat, wanted, reduction="none") * heat**2
+    heard = counts[known].sum()
+    taught = (each * counts[known]).sum() / heard
     replaced = hard if bool(known.all()) else labels(known)
-    return hard + config.share * known.float().mean() * (taught - replaced)
+    return hard + config.share * heard / counts.sum() * (taught - replaced)

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +110,14 @@ class Job:
         wanted = harden.wanted_rows(self.recipe.classes, self.target, self.manifest.classes)
         return np.flatnonzero(wanted & (self.manifest.fold == self.fold))
 
-    @property
-    def mixes(self) -> bool:
-        """Whether batches are mixed up or cut-mixed."""
-        return self.recipe.augment.mixup_prob + self.recipe.augment.cutmix_prob > 0
+    @cached_property
+    def counts(self) -> npt.NDArray[Any]:
+        """How much each row of the manifest counts in the mean that the loss takes, ``(N,)``."""
+        plain = (
+            self.recipe.augment.mixes or self.recipe.loss.name == "bce"
+        )  # only of int targets it is a mean by class weights
+        weight = None if plain or self.class_weight is None else self.class_weight.cpu().numpy()
+        return self.task.counts(self.target, weight)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Compute in the runtime's precision."""
@@ -235,10 +240,7 @@ def _check(recipe: Recipe, task: Task, devices: Devices) -> None:
     if recipe.batch_size <= (few := BLOCK * (devices.world - 1)):  # the last process would never see an image
         raise UserError(f"batch_size {recipe.batch_size}", expected=f"over {few} for {devices.world} processes")
     task.check_views(recipe.tta)
-    if task.name == "keypoints" and recipe.augment.mixup_prob + recipe.augment.cutmix_prob:
-        raise UserError("augment.mixup_prob, augment.cutmix_prob", expected="0: points cannot be mixed")
-    if task.name == "classify" and recipe.model.head == "heatmap":  # its outputs are places, x and y in turn
-        raise UserError("model.head: heatmap", expected="key points", got="classes", fix="model.head: linear or mlp")
+    task.check_recipe(recipe)
 
 
 def _network(recipe: Recipe, task: Task, seed: int, devices: Devices, start: Path | None) -> models.Net:
@@ -339,8 +341,8 @@ def _batches(job: Job, phase: Phase, source: Pixels | Features) -> Batches:
         job.runtime["workers"],
         job.devices.rank,
         job.devices.world,
-        _weigh(job),
-        recipe.augment if job.mixes else None,
+        lambda rows: float(job.counts[rows].sum()),
+        recipe.augment if recipe.augment.mixes else None,
         len(classes),
     )
 
@@ -358,7 +360,7 @@ def _frozen(job: Job) -> Forward:
 def _is_cacheable(job: Job, preset: str | list[str], phase: Phase) -> bool:
     """Whether a frozen trunk's features serve every epoch: nothing random, or a fixed number of random versions."""
     drawn = isinstance(preset, str) and phase.replicas > 0 and job.target.ndim == 1  # points would have to move along
-    return phase.train == "head" and (preset == "none" or drawn) and not job.mixes
+    return phase.train == "head" and (preset == "none" or drawn) and not job.recipe.augment.mixes
 
 
 def frozen_trunk(job: Job) -> FrozenTrunk:
@@ -382,11 +384,3 @@ def _features(job: Job, preset: str = "none", replicas: int = 0) -> Floats:
     found = read() if job.devices.is_main else None
     job.devices.wait()
     return read() if found is None else found
-
-
-def _weigh(job: Job) -> Callable[[Ints], float]:
-    """What rows count in the mean that the loss takes; only of int targets it is a mean by class weights."""
-    plain = job.mixes or job.recipe.loss.name == "bce"
-    weight = None if plain or job.class_weight is None else job.class_weight.cpu().numpy()
-    counts = job.task.counts(job.target, weight)
-    return lambda rows: float(counts[rows].sum())

@@ -19,6 +19,7 @@ import torch
 from octofold import compute, plots
 from octofold.commands import Train
 from octofold.compute import Devices, device_setup
+from octofold.config import dump, flatten
 from octofold.data import manifest
 from octofold.data.manifest import Manifest
 from octofold.errors import Handover, UserError, preview
@@ -89,9 +90,13 @@ def train(config: Train) -> dict[str, Any]:
     if not config.restart:
         known, is_new = leases.sole_run(table.competition, recipe.member, tags | {"entry": "train"})
     with (
-        tracking.run("train", config, table.competition, recipe.member, tags, resume_id=known) as parent,
+        tracking.run("train", None, table.competition, recipe.member, tags, resume_id=known) as parent,
         leases.lessee(parent.id, config.lease_min * 60) as lessee,
     ):
+        # The calls of a member share this run, and a param never changes: which slots the last one scored, tags say.
+        settings = flatten(config).items()
+        parent.log_params({f"cfg.{key}": value for key, value in settings if key not in ("folds", "seeds")})
+        parent.log_text(dump(config), "config.yaml")
         parent.log_dataset(table.table, table.competition, "training", str(table.file))
         if is_new:
             for name, figure in gallery.draw(recipe, table).items():

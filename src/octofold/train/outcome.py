@@ -1,5 +1,6 @@
 """The outcome of a slot: the chosen weights, their out-of-fold predictions, and the word that it is done."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from octofold.train.batches import seed_of
 from octofold.train.job import Job, frozen_trunk
 from octofold.train.validation import VALID_BATCH, chunks, validate
 
+log = logging.getLogger("octofold")
 OOF_BATCH = 8
 
 
@@ -89,7 +91,13 @@ def _oof_metrics(job: Job, oof: dict[str, Predictions]) -> dict[str, float]:
 
 def _choose(job: Job) -> str:
     """Put the chosen weights into the network: the best epoch's, the last, or the averaged ones if they are better."""
-    best, sign = job.progress.best, job.sign
+    best, sign, start = job.progress.best, job.sign, job.recipe.average.start_epoch
+    kept = "last" if job.recipe.select == "last" else "best"
+    if job.recipe.average.kind == "swa" and not job.average.mean and job.devices.is_main:
+        log.warning(
+            "%s: nothing was averaged: it ended after %d epochs, before average.start_epoch %d; the %s epoch's weights"
+            " are kept", job.name, len(job.progress.history), start, kept,
+        )  # fmt: skip
     if job.recipe.average.kind == "swa" and job.average.mean:
         job.net.load_state_dict(job.average.mean)
         # Dropout is at work while BatchNorm counts: a resumed training must draw what a whole one draws.
@@ -101,7 +109,7 @@ def _choose(job: Job) -> str:
             job.progress.best = best | {"value": value}
             return "swa"
     job.net.load_state_dict(best["weights"])
-    return "last" if job.recipe.select == "last" else "best"
+    return kept
 
 
 def _averaged_part(job: Job) -> nn.Module:

@@ -18,6 +18,7 @@ import torch
 
 from octofold.compute import Devices, device_setup
 from octofold.data.manifest import Manifest
+from octofold.errors import UserError
 from octofold.recipe import Recipe
 from octofold.train import checkpoint, optim, profiling
 from octofold.train.batches import MicroBatch, seed_of
@@ -61,7 +62,8 @@ def train_slot(
         start: file or checkpoint folder to start from, where the recipe names one that had to be looked up.
 
     Raises:
-        UserError: a loss that is not finite, or a checkpoint of another recipe, manifest or code.
+        UserError: a loss that is not finite, one image alone before BatchNorm, or a checkpoint of another recipe,
+            manifest or code.
         KeyboardInterrupt: asked to stop; the checkpoint is written.
     """
     identity = checkpoint.identity(recipe, manifest, fold, seed, start)
@@ -136,13 +138,14 @@ def _gradients(job: Job, part: Part, batch: list[MicroBatch], seed: int) -> floa
     total = torch.zeros((), device=job.devices.device)
     for number, micro in enumerate(batch):
         _reseed(seed_of(seed, number, job.devices.rank), job.devices.device)
-        with job.autocast():
-            logits = part.forward(job.laid_out(micro.inputs))
+        logits = _forward(job, part, micro)
         if job.teacher is None:
             loss = _on_labels(job, micro, logits.float())
         else:
             soft = job.teacher[torch.from_numpy(micro.rows)].to(logits.device)
-            loss = teach(partial(_on_labels, job, micro, logits.float()), logits.float(), soft, job.recipe.distill)
+            counts = torch.from_numpy(job.counts[micro.rows]).to(logits.device, torch.float32)
+            labels = partial(_on_labels, job, micro, logits.float())
+            loss = teach(labels, logits.float(), soft, counts, job.recipe.distill)
         (loss * (micro.share * job.scale.value)).backward()  # type: ignore[no-untyped-call]
         total += loss.detach() * micro.share
     job.devices.sum_gradients(part.parameters)
@@ -150,6 +153,23 @@ def _gradients(job: Job, part: Part, batch: list[MicroBatch], seed: int) -> floa
     if not math.isfinite(mean):
         raise diverged(job, mean)
     return mean
+
+
+def _forward(job: Job, part: Part, micro: MicroBatch) -> torch.Tensor:
+    """The logits of a micro-batch; BatchNorm's complaint about one image whose maps are one pixel, in words."""
+    try:
+        with job.autocast():
+            return part.forward(job.laid_out(micro.inputs))
+    except (ValueError, RuntimeError) as error:  # the latter from a compiled network
+        if "more than 1 value per channel" not in str(error):
+            raise
+        model, rows = job.recipe.model, len(job.train_rows)
+        raise UserError(
+            f"{job.name}: batch_size {job.recipe.batch_size}",
+            expected=f"two images or more at once: {model.name} has BatchNorm on maps of 1x1 at {model.input_size} px",
+            got=f"one of {rows} training row{'s' * (rows > 1)}",
+            fix="raise batch_size" if rows > 1 else "leave more rows to train on",
+        ) from error
 
 
 def _on_labels(job: Job, micro: MicroBatch, logits: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
