@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octofold.data.journal import ACTIONS, Entry, Journal, parse, read, replay
+from octofold.data.journal import ACTIONS, Entry, Journal, parse, read
+from octofold.data.replay import replay
 from octofold.errors import UserError
 
 CLASSES = ("apple", "kiwi", "лимон")

@@ -1,4 +1,4 @@
-"""The journal of decisions: append-only JSON lines, one per act of a reviewer, and their replay on a manifest.
+"""The journal of decisions: append-only JSON lines, one per act of a reviewer.
 
 Nothing is ever changed in place: an undo is an entry, a change of mind is an entry, raw labels stay raw. An entry
 names its sample by `sample_id`, which is content, so decisions outlive moves, renames and new folds.
@@ -12,17 +12,14 @@ import stat
 import threading
 import uuid
 from bisect import insort
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
-import numpy as np
-import pandas as pd
-
-from octofold.errors import UserError, preview
+from octofold.errors import UserError
 
 ACTIONS = ("keep", "relabel", "drop", "skip", "undo")
 """What a reviewer can do; `skip` decides nothing, `undo` takes one earlier entry back."""
@@ -300,98 +297,8 @@ def read(path: Path | str) -> Journal:
     return journal
 
 
-@dataclass(frozen=True)
-class Replayed:
-    """What a journal did to a table.
-
-    Attributes:
-        table: the new table; the old one is untouched.
-        report: a row per decided sample: ``sample_id, action, before, after, outcome, note, reviewer, time, entry``.
-            outcome: applied | already | confirmed | gone | conflict | unknown class.
-        damaged: lines of the journal that could not be read.
-    """
-
-    table: pd.DataFrame
-    report: pd.DataFrame
-    damaged: list[tuple[int, str]]
-
-    def summary(self) -> str:
-        """Say in one line what was done and what was not."""
-        pairs = list(zip(self.report["outcome"], self.report["action"], strict=True))
-        parts = [f"{pairs.count(pair)} {pair[1]} {pair[0]}" for pair in sorted(set(pairs))]
-        if self.damaged:
-            parts.append(
-                f"{len(self.damaged)} unreadable lines (first: line {self.damaged[0][0]}: {self.damaged[0][1]})"
-            )
-        return ", ".join(parts) or "no decisions"
-
-
-_COLUMNS = ["sample_id", "action", "before", "after", "outcome", "note", "reviewer", "time", "entry"]
-
-
-def replay(
-    journal: "Journal | Sequence[Entry]",
-    table: pd.DataFrame,
-    classes: Sequence[str] | None = None,
-    same_as: Mapping[str, str] | None = None,
-) -> Replayed:
-    """Apply the standing decisions to a manifest's table; pure, and twice is once.
-
-    A relabel or a drop judged the image, so it holds even where the raw label has changed since; a keep judged the
-    label, so a keep of a label that is no longer there is a conflict and the sample should be looked at again.
-
-    Args:
-        journal: a `Journal`, or entries in order.
-        table: with columns `sample_id` (unique) and, for classes, `label`. Other columns travel along.
-        classes: the names a relabel may use; None = those in `table`.
-        same_as: ``{journal's sample_id: sample_id here}`` of images that were re-encoded since and matched by
-            near-duplicate search; said in the note.
-
-    Returns:
-        the new table (dropped rows gone, order kept, index renumbered) and what became of each decision.
-    """
-    if not isinstance(journal, Journal):
-        journal = _in_memory(journal)
-    new = table.copy()
-    place = {name: row for row, name in enumerate(table["sample_id"].astype(str))}
-    names = set(classes if classes is not None else table["label"] if "label" in table else ())
-    labels = table["label"].astype(str).tolist() if "label" in table else [""] * len(table)
-    dropped: set[int] = set()
-    rows = []
-    for sample_id, entry in journal.decisions().items():
-        here = sample_id if sample_id in place else (same_as or {}).get(sample_id, sample_id)
-        row = place.get(here)
-        before = labels[row] if row is not None else entry.label
-        outcome, after, note = _judge(entry, before, row is not None, names)
-        if here != sample_id:
-            note = f"re-encoded since, matched from {sample_id}; {note}".rstrip("; ")
-        if row is not None:  # the later decision wins where two ids have become one image
-            (dropped.add if entry.action == "drop" else dropped.discard)(row)
-        if row is not None and outcome == "applied" and entry.action == "relabel":
-            labels[row] = after
-        rows.append([here, entry.action, before, after, outcome, note, entry.reviewer, entry.time, entry.entry])
-    if "label" in new:
-        new["label"] = pd.Series(labels, index=new.index, dtype=new["label"].dtype)
-    keep = np.array([row not in dropped for row in range(len(new))], dtype=bool)  # a bare [] would pick columns
-    return Replayed(new[keep].reset_index(drop=True), pd.DataFrame(rows, columns=_COLUMNS), list(journal.damaged))
-
-
-def _judge(entry: Entry, before: str, is_here: bool, classes: set[str]) -> tuple[str, str, str]:
-    """``(outcome, label after, note)`` of one decision on a sample now labelled `before`."""
-    if not is_here:
-        done = entry.action == "drop"
-        return ("already" if done else "gone"), "", "" if done else "no image with this content any more"
-    if entry.action == "drop":
-        return "applied", "", ""
-    moved = f"judged as '{entry.label}', labelled '{before}' now" if before not in (entry.label, entry.target) else ""
-    if entry.action == "keep":
-        return ("conflict", before, f"{moved}: look again") if moved else ("confirmed", before, "")
-    if entry.target not in classes:
-        return "unknown class", before, f"'{entry.target}' is none of {preview(sorted(classes), 8)}"
-    return ("already" if before == entry.target else "applied"), entry.target, moved
-
-
-def _in_memory(entries: Sequence[Entry]) -> Journal:
+def in_memory(entries: Sequence[Entry]) -> Journal:
+    """Return the journal that these acts, in this order, would make; nothing is written."""
     journal = Journal.__new__(Journal)
     journal._forget()
     for number, entry in enumerate(entries, start=1):

@@ -18,6 +18,7 @@ from scipy.stats import ks_2samp
 from octofold.commands import Prepare
 from octofold.data import journal
 from octofold.data.manifest import Manifest
+from octofold.data.replay import replay
 from octofold.errors import UserError, preview
 from octofold.files import ROOT, atomic, existing, write_json
 from octofold.nets import landmarks
@@ -220,7 +221,7 @@ def _replay(
     """The table with decisions replayed, and what became of each."""
     if config.decisions is None:
         return table, None
-    done = journal.replay(journal.read(config.decisions), table, source.names, before.same)
+    done = replay(journal.read(config.decisions), table, source.names, before.same)
     if done.table.empty:
         raise UserError(config.decisions, expected="some samples left", got="every one dropped")
     return done.table, done.report
