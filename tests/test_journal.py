@@ -34,6 +34,10 @@ def act(sample: str, action: str = "keep", label: str = "apple", **more: str) ->
     return Entry(sample, action, label=label, **more)
 
 
+def at(minute: int, sample: str, action: str = "keep", label: str = "apple", **more: str) -> Entry:
+    return act(sample, action, label, time=f"2026-05-01T10:{minute:02d}:00.000+00:00", **more)
+
+
 def test_every_decision_does_what_it_says() -> None:
     before = table(a="apple", b="apple", c="apple", d="apple", e="apple")
     untouched = before.copy()
@@ -77,6 +81,44 @@ def test_a_manifest_that_moved_on(entry: Entry, now: str, outcome: str, label: s
     assert outcome in done.summary()
 
 
+def test_a_keep_of_what_a_relabel_made_confirms_it(tmp_path: Path) -> None:
+    """Raw labels know nothing of the relabel; whoever kept the new label was shown a manifest that did."""
+    relabel = at(1, "a", "relabel", target="kiwi", reviewer="anna")
+    keep = at(2, "a", label="kiwi", reviewer="ben")
+    for name, entries in {"one": [relabel, keep], "two put together": [keep, relabel]}.items():
+        (tmp_path / name).write_text("".join(entry.line() for entry in entries))
+        done = replay(read(tmp_path / name), table(a="apple"), CLASSES)
+        assert labels_of(done.table) == {"a": "kiwi"}
+        assert done.report[["action", "outcome", "after", "reviewer"]].values.tolist() == [
+            ["keep", "confirmed", "kiwi", "ben"]
+        ]
+        assert "relabel" in done.report["note"][0]
+        assert labels_of(replay(read(tmp_path / name), done.table, CLASSES).table) == {"a": "kiwi"}
+
+
+@pytest.mark.parametrize(
+    ("between", "outcome", "label"),
+    [
+        ([at(2, "a", "drop"), at(3, "a", "skip")], "confirmed", "kiwi"),  # the image was back when it was kept
+        ([at(2, "a", "relabel", "kiwi", target="лимон")], "confirmed", "kiwi"),  # a change of mind, then back
+        ([at(2, "a")], "confirmed", "kiwi"),
+        ([at(2, "a", "undo", undoes="first")], "conflict", "apple"),
+    ],
+)
+def test_a_keep_looks_for_its_relabel_among_what_stands(between: list[Entry], outcome: str, label: str) -> None:
+    first = at(1, "a", "relabel", target="kiwi", entry="first")
+    done = replay([first, *between, at(9, "a", label="kiwi")], table(a="apple"), CLASSES)
+    assert done.report["outcome"].tolist() == [outcome]
+    assert labels_of(done.table) == {"a": label}
+
+
+def test_a_keep_of_the_raw_label_takes_a_relabel_back() -> None:
+    done = replay([at(1, "a", "relabel", target="kiwi"), at(2, "a")], table(a="apple"), CLASSES)
+    assert labels_of(done.table) == {"a": "apple"}
+    confirmed = [at(1, "a", "relabel", target="plum"), at(2, "a", label="plum")]
+    assert replay(confirmed, table(a="apple"), CLASSES).report["outcome"].tolist() == ["unknown class"]
+
+
 def test_decisions_follow_a_re_encoded_image_and_say_so() -> None:
     done = replay([act("old", "relabel", target="kiwi")], table(new="apple"), CLASSES, same_as={"old": "new"})
     assert labels_of(done.table) == {"new": "kiwi"}
@@ -86,10 +128,6 @@ def test_decisions_follow_a_re_encoded_image_and_say_so() -> None:
 def test_the_later_decision_wins_where_two_ids_became_one_image() -> None:
     entries = [act("old", "drop"), act("new", "keep")]
     assert labels_of(replay(entries, table(new="apple"), CLASSES, same_as={"old": "new"}).table) == {"new": "apple"}
-
-
-def at(minute: int, sample: str, action: str = "keep", **more: str) -> Entry:
-    return act(sample, action, time=f"2026-05-01T10:{minute:02d}:00.000+00:00", **more)
 
 
 def test_the_later_decision_wins_in_two_journals_put_together(tmp_path: Path) -> None:

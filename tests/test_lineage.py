@@ -187,6 +187,9 @@ def test_a_decision_settles_an_image_under_two_labels(photos: Path) -> None:
     assert "a/0.png" not in set(run(photos, previous=photos / "out" / "manifest.csv")[0].manifest.table["path"])
     table = run(photos, decisions=journal)[0].manifest.table.set_index("path")
     assert table.loc["a/0.png", "label"] == "b"
+    journal = decide(photos, manifests.read(photos / "out" / "manifest.csv"), {"a/0.png": ("keep", "")})
+    table = run(photos, decisions=journal)[0].manifest.table.set_index("path")
+    assert table.loc["a/0.png", "label"] == "b", "confirmed by a second look"
 
 
 def test_dropping_everything_is_refused_and_leaves_the_manifest(photos: Path) -> None:

@@ -183,8 +183,14 @@ def _stale(journal: Journal | None, manifest: Manifest) -> dict[str, Entry]:
         for sample_id, entry in journal.decisions().items()
         if sample_id in label
         and entry.action in ("keep", "relabel")
-        and label[sample_id] not in (entry.label, entry.target or entry.label)
+        and label[sample_id] not in _labels_judged(journal, entry)
     }
+
+
+def _labels_judged(journal: Journal, decision: Entry) -> tuple[str, str]:
+    """The label before and after a standing keep or relabel: on either of them it stands."""
+    judged = journal.relabel_of(decision) or decision
+    return judged.label, judged.target or judged.label
 
 
 def _members(manifest: Manifest, oof: Sequence[Predictions]) -> tuple[dict[str, Array], list[str]]:

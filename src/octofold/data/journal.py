@@ -211,6 +211,18 @@ class Journal:
         order = sorted(firm.values(), key=self._moments.__getitem__)
         return {self._by_id[one].sample_id: self._by_id[one] for one in order}
 
+    def relabel_of(self, decision: Entry) -> Entry | None:
+        """The relabel that a standing decision comes to: itself, or the one that a keep confirms; None for others.
+
+        A keep confirms the latest relabel before it to the very label it saw: a manifest with that relabel replayed
+        was under review. On raw labels it is the relabel that must go on to hold.
+        """
+        if decision.action == "relabel":
+            return decision
+        before = self._standing.get(decision.sample_id, []) if decision.action == "keep" else []
+        before = before[: before.index(decision)] if decision in before else []
+        return next((one for one in reversed(before) if one.target == decision.label != ""), None)
+
     def append(self, entries: Iterable[Entry]) -> tuple[list[Entry], list[tuple[Entry, Entry | None]]]:
         """Write acts at once, those first checked against what others wrote meanwhile.
 

@@ -47,8 +47,9 @@ def replay(
 ) -> Replayed:
     """Apply the standing decisions to a manifest's table; pure, and twice is once.
 
-    A relabel or a drop judged the image, so it holds even where the raw label has changed since; a keep judged the
-    label, so a keep of a label that is no longer there is a conflict and the sample should be looked at again.
+    A relabel or a drop judged the image, so it holds even where the raw label has changed since, and so does a keep
+    of what a relabel made. Another keep judged the label: if that is no longer there, it is a conflict and the sample
+    should be looked at again.
 
     Args:
         journal: a `Journal`, or entries in order.
@@ -72,12 +73,12 @@ def replay(
         here = sample_id if sample_id in place else (same_as or {}).get(sample_id, sample_id)
         row = place.get(here)
         before = labels[row] if row is not None else entry.label
-        outcome, after, note = _judge(entry, before, row is not None, names)
+        outcome, after, note = _judge(entry, journal.relabel_of(entry), before, row is not None, names)
         if here != sample_id:
             note = f"re-encoded since, matched from {sample_id}; {note}".rstrip("; ")
         if row is not None:  # the later decision wins where two ids have become one image
             (dropped.add if entry.action == "drop" else dropped.discard)(row)
-        if row is not None and outcome == "applied" and entry.action == "relabel":
+        if row is not None and entry.action != "drop":
             labels[row] = after
         rows.append([here, entry.action, before, after, outcome, note, entry.reviewer, entry.time, entry.entry])
     if "label" in new:
@@ -86,16 +87,21 @@ def replay(
     return Replayed(new[keep].reset_index(drop=True), pd.DataFrame(rows, columns=_COLUMNS), list(journal.damaged))
 
 
-def _judge(entry: Entry, before: str, is_here: bool, classes: set[str]) -> tuple[str, str, str]:
-    """``(outcome, label after, note)`` of one decision on a sample now labelled `before`."""
+def _judge(entry: Entry, relabel: Entry | None, before: str, is_here: bool, classes: set[str]) -> tuple[str, str, str]:
+    """``(outcome, label after, note)`` of one decision, which comes to `relabel`, on a sample now labelled `before`."""
     if not is_here:
         done = entry.action == "drop"
         return ("already" if done else "gone"), "", "" if done else "no image with this content any more"
     if entry.action == "drop":
         return "applied", "", ""
-    moved = f"judged as '{entry.label}', labelled '{before}' now" if before not in (entry.label, entry.target) else ""
-    if entry.action == "keep":
+    judged = relabel or entry
+    moved = f"judged as '{judged.label}', labelled '{before}' now"
+    moved = "" if before in (judged.label, judged.target) else moved
+    if relabel is None:
         return ("conflict", before, f"{moved}: look again") if moved else ("confirmed", before, "")
-    if entry.target not in classes:
-        return "unknown class", before, f"'{entry.target}' is none of {preview(sorted(classes), 8)}"
-    return ("already" if before == entry.target else "applied"), entry.target, moved
+    if relabel.target not in classes:
+        return "unknown class", before, f"'{relabel.target}' is none of {preview(sorted(classes), 8)}"
+    if entry.action == "keep":
+        note = f"of the relabel to '{relabel.target}'"
+        return "confirmed", relabel.target, f"{note}; {moved}" if moved else note
+    return ("already" if before == relabel.target else "applied"), relabel.target, moved

@@ -190,8 +190,9 @@ def _samples(config: Prepare, source: sources.Source, found: Findings) -> tuple[
     if config.folds_file is not None:
         table["fold"] = _given_folds(config, config.folds_file, source)
     if config.decisions is not None and "label" in table:  # an image under two labels, judged since, has one
-        judged = journal.read(config.decisions).decisions().items()
-        said = {name: entry.target for name, entry in judged if entry.target in source.names}
+        decided = journal.read(config.decisions)
+        judged = {name: decided.relabel_of(entry) for name, entry in decided.decisions().items()}
+        said = {name: entry.target for name, entry in judged.items() if entry and entry.target in source.names}
         torn = table.groupby("sample_id")["label"].transform("nunique") > 1
         table.loc[torn, "label"] = table["sample_id"][torn].map(said).fillna(table["label"][torn])
     rows = settle(table, _targets(source), config.conflicts, found)
