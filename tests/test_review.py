@@ -25,7 +25,7 @@ from octofold.clean import cleaning
 from octofold.clean.desk import Desk, progress
 from octofold.clean.review import Server, make_app
 from octofold.data import journal
-from octofold.data.journal import Journal
+from octofold.data.journal import Entry, Journal
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError
 
@@ -176,6 +176,50 @@ def test_an_image_deleted_meanwhile_is_said_and_can_be_dropped(desk: Desk, clien
     assert answer.status_code == 410
     assert "no such file" in answer.get_json()["error"]
     assert post(client, act(item, "drop")).get_json()["written"]
+
+
+def test_an_image_replaced_meanwhile_is_not_shown_as_the_sample(desk: Desk, client: FlaskClient) -> None:
+    """Files renamed since prepare: under this id and label another picture would be judged."""
+    item, other = desk.queue.items[:2]
+    (desk.manifest.images / item.path).write_bytes((desk.manifest.images / other.path).read_bytes())
+    for size in ("big", "thumb"):
+        answer = client.get(f"/{TOKEN}/{size}/{item.sample_id}")
+        assert answer.status_code == 410
+        assert "another content" in answer.get_json()["error"]
+    assert client.get(f"/{TOKEN}/big/{other.sample_id}").status_code == 200
+
+
+def test_ids_of_another_making_say_nothing_of_the_content(manifest: Manifest) -> None:
+    table = manifest.table.assign(sample_id=[f"photo-{row}" for row in range(len(manifest.table))])
+    desk = Desk(cleaning.Queue([], []), dataclasses.replace(manifest, table=table), Journal("none.jsonl"), "anna")
+    assert desk.image("photo-3", "big")
+
+
+def test_a_skip_takes_no_decision_back(desk: Desk, client: FlaskClient) -> None:
+    """The page shows what the replay will do, and the same after a reload."""
+    item = desk.queue.items[3]
+    drop, skip = f"{1:032x}", f"{2:032x}"
+    post(client, act(item, "drop"))
+    changed = post(client, act(item, "skip", 2, after=drop), since=1).get_json()["changes"]
+    assert desk.journal.decisions()[item.sample_id].action == "drop"
+    assert client.get(f"/{TOKEN}/state").get_json()["done"] == [3]
+    shown = client.get(f"/{TOKEN}/items?ranks=3").get_json()[0]["standing"]
+    assert (shown["action"], shown["decided"]) == ("drop", True)
+    assert shown["entry"] == skip, "the next act has seen the skip"
+    assert [one["standing"] for one in changed] == [shown]
+    answer = post(client, act(item, "keep", 3, after=drop), reviewer="ben").get_json()["refused"][0]
+    assert (answer["standing"], answer["rival"]["action"]) == (shown, "skip")
+    post(client, act(item, "undo", 4, undoes=skip), act(desk.queue.items[5], "skip", 5))
+    assert client.get(f"/{TOKEN}/items?ranks=3").get_json()[0]["standing"]["entry"] == drop
+    shown = client.get(f"/{TOKEN}/items?ranks=5").get_json()[0]["standing"]
+    assert (shown["action"], shown["decided"]) == ("skip", False)
+
+
+def test_a_decision_on_a_label_that_changed_is_none(desk: Desk, client: FlaskClient) -> None:
+    item = desk.queue.items[0]
+    desk.journal.append([Entry(item.sample_id, "keep", label="what it was called once")])
+    assert client.get(f"/{TOKEN}/items?ranks=0").get_json()[0]["standing"]["decided"] is False
+    assert client.get(f"/{TOKEN}/state").get_json()["done"] == []
 
 
 def test_a_manifest_that_moved_on_is_said(desk: Desk, client: FlaskClient) -> None:

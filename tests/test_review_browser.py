@@ -357,6 +357,23 @@ def test_only_guesses_on_the_screen_have_keys(chromium: Any, tmp_path: Path) -> 
         assert {entry.target for entry in page.settle()} == {item.guesses[0][0]}
 
 
+def test_a_skip_changes_nothing_that_was_decided(page: Page) -> None:
+    page.choose("")
+    first = page.current
+    page.keys("d")
+    page.settle()
+    decided = "return document.querySelectorAll('#numbers b')[1].textContent"
+    assert page.wait(decided) == "1"
+    page.keys("p", "s", "p")
+    assert did(page.settle())[-1] == (first, "skip")
+    assert page.current == first
+    assert "dropped by anna" in page.text("#stamp")
+    assert page.wait(decided) == "1"
+    page.open()
+    page.settle()
+    assert page.wait(decided) == "1", "the same after a reload"
+
+
 def test_a_zoomed_image_comes_back_where_it_was(page: Page) -> None:
     from selenium.webdriver import ActionChains
 
@@ -380,8 +397,9 @@ def test_an_image_that_is_gone(page: Page) -> None:
     page.choose("")
     for _ in range(5):
         page.keys("n")
-    page.wait("return !document.querySelector('#gone').hidden")
+    page.wait("return !document.querySelector('#gone').hidden && octofold.idle")
     assert page.queue.items[5].path in page.text("#gone")
+    assert "no such file" in page.text("#gone")
     page.keys("d")
     assert did(page.settle()) == [(page.queue.items[5].sample_id, "drop")]
 

@@ -175,22 +175,20 @@ def undecided(journal: Journal, manifest: Manifest) -> set[str]:
 
 def _stale(journal: Journal | None, manifest: Manifest) -> dict[str, Entry]:
     """Decisions that judged a label the sample no longer has. A drop judges the image: never stale."""
-    if journal is None or manifest.task != "classify":
+    if journal is None or manifest.task != "classify":  # keypoints have no label to change
         return {}
     label = dict(zip(manifest.sample_ids.tolist(), manifest.table["label"].astype(str), strict=True))
     return {
         sample_id: entry
         for sample_id, entry in journal.decisions().items()
-        if sample_id in label
-        and entry.action in ("keep", "relabel")
-        and label[sample_id] not in _labels_judged(journal, entry)
+        if sample_id in label and is_stale(journal, entry, label[sample_id])
     }
 
 
-def _labels_judged(journal: Journal, decision: Entry) -> tuple[str, str]:
-    """The label before and after a standing keep or relabel: on either of them it stands."""
+def is_stale(journal: Journal, decision: Entry, label: str) -> bool:
+    """Whether a standing decision judged another label than this; a relabel judged its old and its new one."""
     judged = journal.relabel_of(decision) or decision
-    return judged.label, judged.target or judged.label
+    return judged.action != "drop" and label not in (judged.label, judged.target or judged.label)
 
 
 def _members(manifest: Manifest, oof: Sequence[Predictions]) -> tuple[dict[str, Array], list[str]]:

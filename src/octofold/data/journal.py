@@ -196,20 +196,19 @@ class Journal:
         return len(kept) < len(standing)
 
     def standing(self, sample_id: str) -> Entry | None:
-        """The latest entry of a sample that no undo has taken back: its decision, or None."""
+        """The latest entry of a sample that no undo has taken back, or None."""
         found = self._standing.get(sample_id)
         return found[-1] if found else None
 
+    def decision(self, sample_id: str) -> Entry | None:
+        """As `standing`, skips left out: a skip decides nothing."""
+        found = self._standing.get(sample_id, [])
+        return next((entry for entry in reversed(found) if entry.action != "skip"), None)
+
     def decisions(self) -> dict[str, Entry]:
-        """``{sample_id: standing entry}`` in order of time, skips left out: a skip decides nothing."""
-        firm = {
-            entry.sample_id: entry.entry
-            for entries in self._standing.values()
-            for entry in entries
-            if entry.action != "skip"
-        }
-        order = sorted(firm.values(), key=self._moments.__getitem__)
-        return {self._by_id[one].sample_id: self._by_id[one] for one in order}
+        """``{sample_id: decision}`` of all that have one, in order of time."""
+        found = [entry for one in self._standing if (entry := self.decision(one))]
+        return {entry.sample_id: entry for entry in sorted(found, key=lambda one: self._moments[one.entry])}
 
     def relabel_of(self, decision: Entry) -> Entry | None:
         """The relabel that a standing decision comes to: itself, or the one that a keep confirms; None for others.
