@@ -1,10 +1,12 @@
 """The journal: written at once, robust to cuts, shared by many, replayed twice = once."""
 
+import fcntl
 import json
 import multiprocessing
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -353,6 +355,55 @@ def test_a_journal_put_back_from_a_backup_is_read_again(tmp_path: Path) -> None:
     path.unlink()
     journal.refresh()
     assert journal.entries == []
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_journal_merged_while_it_is_open_is_read_again(tmp_path: Path, in_place: bool) -> None:
+    """``cat ben.jsonl decisions.jsonl > new && mv new decisions.jsonl``: longer, and another beginning."""
+    path, new = tmp_path / "j.jsonl", tmp_path / "new"
+    mine, theirs = act("a"), [act("b", "drop"), act("c", "drop")]
+    journal = Journal(path)
+    journal.append([mine])
+    merged = "".join(entry.line() for entry in [*theirs, mine])
+    if in_place:
+        path.write_text(merged)
+    else:
+        new.write_text(merged)
+        new.replace(path)
+    journal.refresh()
+    assert (journal.entries, journal.damaged) == ([*theirs, mine], [])
+    assert journal.touched[1:] == ["a", "b", "c", "a"], "all of them may stand otherwise now"
+    unseen = act("b")
+    assert journal.append([unseen]) == ([], [(unseen, theirs[0])])
+
+
+def test_another_file_of_the_same_length_is_noticed(tmp_path: Path) -> None:
+    path, new = tmp_path / "j.jsonl", tmp_path / "new"
+    journal = Journal(path)
+    journal.append([act(f"s{number}") for number in range(60)])
+    new.write_text(path.read_text().replace('"s0"', '"t0"'))
+    new.replace(path)
+    journal.refresh()
+    assert journal.entries[0].sample_id == "t0"
+
+
+def test_what_is_written_while_the_journal_is_replaced_is_in_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, new = tmp_path / "j.jsonl", tmp_path / "new"
+    journal, first, second = Journal(path), act("a"), act("b")
+    journal.append([first])
+    new.write_bytes(path.read_bytes())
+    lock = fcntl.flock
+
+    def slow_lock(*arguments: Any) -> None:
+        lock(*arguments)
+        if new.exists():
+            new.replace(path)
+
+    monkeypatch.setattr(fcntl, "flock", slow_lock)
+    assert journal.append([second]) == ([second], [])
+    assert read(path).entries == [first, second]
 
 
 def test_refusals_say_where_and_what(tmp_path: Path) -> None:

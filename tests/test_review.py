@@ -86,6 +86,16 @@ def test_two_tabs_do_not_overwrite_each_other(manifest: Manifest) -> None:
     assert two.get(f"/{TOKEN}/news?since=1").get_json()["changes"][0]["standing"]["action"] == "drop"
 
 
+def test_a_page_learns_what_a_replaced_journal_says(desk: Desk, client: FlaskClient) -> None:
+    first, second, third = desk.queue.items[:3]
+    seq = post(client, act(first), act(second, "drop", 2)).get_json()["seq"]
+    kept = desk.journal.path.read_text().splitlines(keepends=True)[0]
+    desk.journal.path.write_text(Entry(third.sample_id, "drop", label=third.label).line() + kept)
+    changes = client.get(f"/{TOKEN}/news?since={seq}").get_json()["changes"]
+    now = {one["rank"]: one["standing"] and one["standing"]["action"] for one in changes}
+    assert now == {0: "keep", 1: None, 2: "drop"}
+
+
 def test_an_act_whose_answer_was_lost_is_sent_again_and_written_once(
     desk: Desk, client: FlaskClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,7 +68,7 @@ class Desk:
             "flags": [number for number, item in enumerate(items) if item.flagged],
             "kinds": {kind: [text, kinds[kind]] for kind, text in KINDS.items() if kinds[kind]},
             "labels": {name: labels[name] for name in self.manifest.classes if labels[name]},
-            "seq": len(self.journal.entries),
+            "seq": len(self.journal.touched),
             "damaged": len(self.journal.damaged),
             "journal": str(self.journal.path),
         }
@@ -119,8 +119,8 @@ class Desk:
         return {"names": names, "given": given, "guessed": None if guessed is None else shares(guessed)}
 
     def changes(self, since: int) -> list[dict[str, Any]]:
-        """Where the samples stand that the journal has touched since its entry number `since`."""
-        touched = {entry.sample_id: None for entry in self.journal.entries[since:]}
+        """Where the samples stand that the journal has touched since its `seq` was `since`."""
+        touched = dict.fromkeys(self.journal.touched[since:])
         return [
             {"id": one, "rank": self.rank[one], "standing": self._standing(one)} for one in touched if one in self.rank
         ]
@@ -181,7 +181,7 @@ class Desk:
 
     def news(self, since: int) -> dict[str, Any]:
         """What other tabs and reviewers did, and whether the manifest on disk is still the one shown."""
-        return {"changes": self.changes(since), "seq": len(self.journal.entries), "moved_on": self._moved_on()}
+        return {"changes": self.changes(since), "seq": len(self.journal.touched), "moved_on": self._moved_on()}
 
     def _entry(self, act: Any, reviewer: Any) -> Entry:
         if not isinstance(act, dict) or not isinstance(act.get("id"), str) or act["id"] not in self.path:

@@ -25,6 +25,7 @@ ACTIONS = ("keep", "relabel", "drop", "skip", "undo")
 """What a reviewer can do; `skip` decides nothing, `undo` takes one earlier entry back."""
 
 _ID = re.compile(r"[A-Za-z0-9_.\-]{1,100}")
+_END = 4096  # bytes of what was read that must still be there
 _LONGEST = 2000  # characters of any text in an entry; a class name or a path is shorter
 
 
@@ -107,11 +108,14 @@ class Journal:
         path: the JSONL file; made at the first append.
         entries: every sound entry so far, in file order, each id once.
         damaged: ``(line number, what is wrong)`` of lines that are not entries. They are kept in the file.
+        touched: the sample of each entry as it was read or, where the file was replaced, forgotten. It only grows, so
+            whoever knows its length learns what may stand otherwise since.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self._mutex = threading.RLock()
+        self.touched: list[str] = []
         self._forget()
         self.refresh()
 
@@ -123,6 +127,12 @@ class Journal:
         self._moments: dict[str, tuple[float, int]] = {}
         self._offset = 0
         self._lines = 0
+        self._last = b""  # the end of what was read
+        self._file = 0  # which file it was (inode)
+
+    def _start_over(self) -> None:
+        self.touched += [entry.sample_id for entry in self.entries]
+        self._forget()
 
     def refresh(self) -> None:
         """Take in what others have appended since.
@@ -135,22 +145,30 @@ class Journal:
                 status = self.path.stat()
                 if not stat.S_ISREG(status.st_mode):
                     raise UserError(self.path, expected="a journal (JSON lines)", got="something that is no file")
-                size = status.st_size
-                if size < self._offset:  # somebody put an older copy back: what it says now is the truth
-                    self._forget()
                 with self.path.open("rb") as file:
+                    if not self._goes_on(file):  # an older copy put back, two journals made one: this is the truth now
+                        self._start_over()
+                    self._file = os.fstat(file.fileno()).st_ino
                     file.seek(self._offset)
                     fresh = file.read()
             except FileNotFoundError:
-                self._forget()
+                self._start_over()
                 return
             except OSError as error:
                 raise UserError(self.path, expected="a journal (JSON lines)", got=error.strerror or "") from error
             whole = fresh[: fresh.rfind(b"\n") + 1]  # the rest is a line still being written, or cut by a kill
             self._offset += len(whole)
+            self._last = (self._last + whole)[-_END:]
             for line in whole.split(b"\n")[:-1]:
                 self._lines += 1
                 self._take(line)
+
+    def _goes_on(self, file: IO[bytes]) -> bool:
+        """Whether a file begins with what was read of it before: the same one, and the same bytes at the end of it."""
+        if self._offset and os.fstat(file.fileno()).st_ino != self._file:
+            return False
+        file.seek(self._offset - len(self._last))
+        return file.read(len(self._last)) == self._last
 
     def _take(self, line: bytes) -> None:
         if not line.strip(b" \t\r\0"):
@@ -173,6 +191,7 @@ class Journal:
             insort(self._standing.setdefault(entry.sample_id, []), entry, key=lambda one: self._moments[one.entry])
         self._by_id[entry.entry] = entry
         self.entries.append(entry)
+        self.touched.append(entry.sample_id)
 
     def _moment(self, entry: Entry) -> tuple[float, int]:
         """When an act was done (s) and its line: in a file made of two, a later line may be the earlier act.
@@ -279,13 +298,17 @@ class Journal:
     def _locked(self) -> Iterator[IO[bytes]]:
         import fcntl
 
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = self.path.open("ab", buffering=0)
-        except OSError as error:
-            raise self._unwritable(error) from error
-        with file:
+        while True:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                file = self.path.open("ab", buffering=0)
+            except OSError as error:
+                raise self._unwritable(error) from error
             fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file closes, even by a kill
+            if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+                break
+            file.close()  # another file was moved here meanwhile: what is written to this one nobody would find
+        with file:
             yield file
 
 
@@ -311,6 +334,7 @@ def read(path: Path | str) -> Journal:
 def in_memory(entries: Sequence[Entry]) -> Journal:
     """Return the journal that these acts, in this order, would make; nothing is written."""
     journal = Journal.__new__(Journal)
+    journal.touched = []
     journal._forget()
     for number, entry in enumerate(entries, start=1):
         journal._lines = number
