@@ -264,11 +264,14 @@ def test_a_cut_at_any_byte_loses_only_the_cut_line(tmp_path: Path) -> None:
     ends = {0, *(len("".join(entry.line() for entry in entries[: n + 1]).encode()) for n in range(3))}
     for length in sorted({*range(0, len(whole), 9), *(end + step for end in ends for step in (-2, -1, 0, 1))}):
         path.write_bytes(whole[:length])
-        found = read(path)
         sound = sum(
             len(whole[:length]) >= len("".join(e.line() for e in entries[: n + 1]).encode()) - 1 for n in range(3)
         )
-        assert found.entries == entries[:sound]
+        if sound or not length:
+            assert read(path).entries == entries[:sound]
+        else:
+            with pytest.raises(UserError, match="no entry in it; line 1: "):
+                read(path)
         late = act("late", "drop")
         assert Journal(path).append([late]) == ([late], [])
         assert read(path).entries == [*entries[:sound], late], "what is written after a cut is whole"
@@ -282,6 +285,26 @@ def test_a_damaged_line_is_named_and_kept(tmp_path: Path) -> None:
     assert [entry.sample_id for entry in journal.entries] == ["a", "c"]
     journal.append([act("d")])
     assert '"act\n' in path.read_text(), "append-only: even a damaged line stays"
+
+
+def test_a_journal_put_behind_a_cut_one_loses_nothing(tmp_path: Path) -> None:
+    """``cat a.jsonl b.jsonl``, where a kill left half a line at the end of a."""
+    path = tmp_path / "j.jsonl"
+    cut, tricky, last = act("b").line()[:30], act("c", "drop", path='{"sample_id": "no"}'), act("d")
+    path.write_text(act("a").line() + cut + tricky.line() + cut + cut + last.line() + cut)
+    journal = read(path)
+    assert [entry.sample_id for entry in journal.entries] == ["a", "c", "d"]
+    assert [number for number, _ in journal.damaged] == [2, 3, 4], "the halves are told of"
+
+
+@pytest.mark.parametrize("text", ["image,label\n1.png,a\n2.png,b\n", '{"sample_id": "00', "{}\n"])
+def test_a_file_without_any_entry_is_no_journal(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match="no entry in it; line 1"):
+        read(path)
+    path.write_text("\n")
+    assert read(path).entries == []
 
 
 def test_two_reviewers_never_overwrite_each_other(tmp_path: Path) -> None:

@@ -278,7 +278,7 @@ def test_a_full_disk_is_said_and_nothing_is_acknowledged(desk: Desk, client: Fla
     assert len(answer["written"]) == 2, "there is room again, the page sends it again: nothing is lost"
     kept = journal.read(desk.journal.path)
     assert [entry.sample_id for entry in kept.entries] == [item.sample_id for item in (first, second, third)]
-    assert len(kept.damaged) == 1
+    assert [number for number, _ in kept.damaged] == client.get(f"/{TOKEN}/state").get_json()["damaged"] == [2]
 
 
 def test_a_taken_port_is_refused(desk: Desk) -> None:

@@ -69,7 +69,7 @@ class Desk:
             "kinds": {kind: [text, kinds[kind]] for kind, text in KINDS.items() if kinds[kind]},
             "labels": {name: labels[name] for name in self.manifest.classes if labels[name]},
             "seq": len(self.journal.touched),
-            "damaged": len(self.journal.damaged),
+            "damaged": [number for number, _ in self.journal.damaged],
             "journal": str(self.journal.path),
         }
 

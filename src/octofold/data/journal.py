@@ -25,6 +25,7 @@ ACTIONS = ("keep", "relabel", "drop", "skip", "undo")
 """What a reviewer can do; `skip` decides nothing, `undo` takes one earlier entry back."""
 
 _ID = re.compile(r"[A-Za-z0-9_.\-]{1,100}")
+_START = b'{"sample_id"'  # of a line that `Entry.line` wrote; inside a text its quotes would be escaped
 _END = 4096  # bytes of what was read that must still be there
 _LONGEST = 2000  # characters of any text in an entry; a class name or a path is shorter
 
@@ -177,6 +178,8 @@ class Journal:
             entry = parse(line.decode("utf-8").removeprefix("\ufeff"))
         except ValueError as error:  # UnicodeDecodeError is one too
             self.damaged.append((self._lines, str(error)))
+            if (start := line.rfind(_START)) > 0:  # a file was put behind one whose last line had been cut
+                self._take(line[start:])
             return
         known = self._by_id.get(entry.entry)
         if known is not None:
@@ -316,7 +319,7 @@ def read(path: Path | str) -> Journal:
     """Read a journal that must be there, its last line even if a kill cut the line end off.
 
     Raises:
-        UserError: no such file, or not one that can be read.
+        UserError: no such file, or not one that can be read, or it has lines, and none of them is an entry.
     """
     path = Path(path)
     if not path.is_file():
@@ -328,6 +331,9 @@ def read(path: Path | str) -> Journal:
     if tail:
         journal._lines += 1
         journal._take(tail)
+    if journal.damaged and not journal.entries:
+        number, what = journal.damaged[0]
+        raise UserError(path, expected="a journal of decisions (JSONL)", got=f"no entry in it; line {number}: {what}")
     return journal
 
 

@@ -30,9 +30,8 @@ class Replayed:
         pairs = list(zip(self.report["outcome"], self.report["action"], strict=True))
         parts = [f"{pairs.count(pair)} {pair[1]} {pair[0]}" for pair in sorted(set(pairs))]
         if self.damaged:
-            parts.append(
-                f"{len(self.damaged)} unreadable lines (first: line {self.damaged[0][0]}: {self.damaged[0][1]})"
-            )
+            lines = preview([f"line {number}: {what}" for number, what in self.damaged])
+            parts.append(f"{len(self.damaged)} damaged lines left out ({lines})")
         return ", ".join(parts) or "no decisions"
 
 

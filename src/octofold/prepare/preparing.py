@@ -16,6 +16,7 @@ import pandas as pd
 from scipy.stats import ks_2samp
 
 from octofold.commands import Prepare
+from octofold.config import log
 from octofold.data import journal
 from octofold.data.manifest import Manifest
 from octofold.data.replay import replay
@@ -95,7 +96,7 @@ def prepare(config: Prepare) -> Prepared:
         before.same |= before.fresh
         for row in table[table["sample_id"].isin(before.fresh.values())].itertuples():
             found.add("train", row, "re-encoded", "looks like an image of the manifest before", "keeps its fold")
-    table, decided = _replay(config, source, table, before)
+    table, decided = _replay(config, source, table, before, found)
     prints = _select(prints, table["sample_id"])
     pairs = neighbours.near_pairs(prints.phash, prints.tiny)
     test, test_looks, test_prints = questions.read_test(config, source, found)
@@ -143,6 +144,8 @@ def check(config: Prepare) -> None:
         raise UserError("prepare", expected=expected, got="none of them")
     if len(given) > 1:
         raise UserError("prepare", expected="one of --images, --source, --builtin", got=" and ".join(given))
+    if config.decisions is not None:
+        journal.read(existing(config.decisions, "what --decisions names"))
     if config.source:
         return  # what it holds is seen when it is there
     if config.sample_submission is not None and config.test_images is None:
@@ -155,8 +158,7 @@ def check(config: Prepare) -> None:
         raise UserError("--test_points", expected="--test_images as well", got="none")
     if config.task == "keypoints" and config.classes is not None:
         raise UserError("--classes", expected="--task classify", got="keypoints", fix="leave it out")
-    names = ("images", "labels", "classes", "test_images", "sample_submission", "folds_file", "decisions", "previous",
-             "test_points")  # fmt: skip
+    names = ("images", "labels", "classes", "test_images", "sample_submission", "folds_file", "previous", "test_points")
     for name in names:
         if (path := getattr(config, name)) is not None:
             existing(path, f"what --{name} names")
@@ -217,12 +219,16 @@ def _given_folds(config: Prepare, path: Path, source: sources.Source) -> Ints:
 
 
 def _replay(
-    config: Prepare, source: sources.Source, table: pd.DataFrame, before: _Before
+    config: Prepare, source: sources.Source, table: pd.DataFrame, before: _Before, found: Findings
 ) -> tuple[pd.DataFrame, pd.DataFrame | None]:
     """The table with decisions replayed, and what became of each."""
     if config.decisions is None:
         return table, None
     done = replay(journal.read(config.decisions), table, source.names, before.same)
+    for number, what in done.damaged:
+        found.line(config.decisions, number, what)
+    if done.damaged:
+        log.warning("%s: %s", config.decisions, done.summary())
     if done.table.empty:
         raise UserError(config.decisions, expected="some samples left", got="every one dropped")
     return done.table, done.report
