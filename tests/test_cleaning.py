@@ -96,6 +96,18 @@ def test_a_decision_on_a_label_that_changed_comes_back(tmp_path: Path) -> None:
     assert "what it was called once" in queue.items[0].reasons[0]
 
 
+def test_a_relabel_confirmed_is_decided_on_the_raw_labels_too(tmp_path: Path) -> None:
+    manifest, _ = make_manifest(tmp_path)
+    one = manifest.sample_ids[0]
+    journal = Journal(tmp_path / "j.jsonl")
+    relabel = Entry(one, "relabel", label=CLASSES[0], target=CLASSES[1])
+    journal.append([relabel])
+    journal.append([Entry(one, "keep", label=CLASSES[1], after=relabel.entry)])
+    assert one not in cleaning.undecided(journal, manifest)
+    relabelled = manifest.table.assign(label=[CLASSES[1], *manifest.table["label"][1:]])
+    assert one not in cleaning.undecided(journal, dataclasses.replace(manifest, table=relabelled))
+
+
 def test_keypoints_far_from_where_the_models_see_them(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     points = rng.uniform(10, 90, (25, 2, 2))

@@ -1,17 +1,20 @@
 """The journal: written at once, robust to cuts, shared by many, replayed twice = once."""
 
+import fcntl
 import json
 import multiprocessing
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octofold.data.journal import ACTIONS, Entry, Journal, parse, read, replay
+from octofold.data.journal import ACTIONS, Entry, Journal, parse, read
+from octofold.data.replay import replay
 from octofold.errors import UserError
 
 CLASSES = ("apple", "kiwi", "лимон")
@@ -31,6 +34,10 @@ def labels_of(frame: pd.DataFrame) -> dict[str, str]:
 
 def act(sample: str, action: str = "keep", label: str = "apple", **more: str) -> Entry:
     return Entry(sample, action, label=label, **more)
+
+
+def at(minute: int, sample: str, action: str = "keep", label: str = "apple", **more: str) -> Entry:
+    return act(sample, action, label, time=f"2026-05-01T10:{minute:02d}:00.000+00:00", **more)
 
 
 def test_every_decision_does_what_it_says() -> None:
@@ -76,6 +83,44 @@ def test_a_manifest_that_moved_on(entry: Entry, now: str, outcome: str, label: s
     assert outcome in done.summary()
 
 
+def test_a_keep_of_what_a_relabel_made_confirms_it(tmp_path: Path) -> None:
+    """Raw labels know nothing of the relabel; whoever kept the new label was shown a manifest that did."""
+    relabel = at(1, "a", "relabel", target="kiwi", reviewer="anna")
+    keep = at(2, "a", label="kiwi", reviewer="ben")
+    for name, entries in {"one": [relabel, keep], "two put together": [keep, relabel]}.items():
+        (tmp_path / name).write_text("".join(entry.line() for entry in entries))
+        done = replay(read(tmp_path / name), table(a="apple"), CLASSES)
+        assert labels_of(done.table) == {"a": "kiwi"}
+        assert done.report[["action", "outcome", "after", "reviewer"]].values.tolist() == [
+            ["keep", "confirmed", "kiwi", "ben"]
+        ]
+        assert "relabel" in done.report["note"][0]
+        assert labels_of(replay(read(tmp_path / name), done.table, CLASSES).table) == {"a": "kiwi"}
+
+
+@pytest.mark.parametrize(
+    ("between", "outcome", "label"),
+    [
+        ([at(2, "a", "drop"), at(3, "a", "skip")], "confirmed", "kiwi"),  # the image was back when it was kept
+        ([at(2, "a", "relabel", "kiwi", target="лимон")], "confirmed", "kiwi"),  # a change of mind, then back
+        ([at(2, "a")], "confirmed", "kiwi"),
+        ([at(2, "a", "undo", undoes="first")], "conflict", "apple"),
+    ],
+)
+def test_a_keep_looks_for_its_relabel_among_what_stands(between: list[Entry], outcome: str, label: str) -> None:
+    first = at(1, "a", "relabel", target="kiwi", entry="first")
+    done = replay([first, *between, at(9, "a", label="kiwi")], table(a="apple"), CLASSES)
+    assert done.report["outcome"].tolist() == [outcome]
+    assert labels_of(done.table) == {"a": label}
+
+
+def test_a_keep_of_the_raw_label_takes_a_relabel_back() -> None:
+    done = replay([at(1, "a", "relabel", target="kiwi"), at(2, "a")], table(a="apple"), CLASSES)
+    assert labels_of(done.table) == {"a": "apple"}
+    confirmed = [at(1, "a", "relabel", target="plum"), at(2, "a", label="plum")]
+    assert replay(confirmed, table(a="apple"), CLASSES).report["outcome"].tolist() == ["unknown class"]
+
+
 def test_decisions_follow_a_re_encoded_image_and_say_so() -> None:
     done = replay([act("old", "relabel", target="kiwi")], table(new="apple"), CLASSES, same_as={"old": "new"})
     assert labels_of(done.table) == {"new": "kiwi"}
@@ -85,10 +130,6 @@ def test_decisions_follow_a_re_encoded_image_and_say_so() -> None:
 def test_the_later_decision_wins_where_two_ids_became_one_image() -> None:
     entries = [act("old", "drop"), act("new", "keep")]
     assert labels_of(replay(entries, table(new="apple"), CLASSES, same_as={"old": "new"}).table) == {"new": "apple"}
-
-
-def at(minute: int, sample: str, action: str = "keep", **more: str) -> Entry:
-    return act(sample, action, time=f"2026-05-01T10:{minute:02d}:00.000+00:00", **more)
 
 
 def test_the_later_decision_wins_in_two_journals_put_together(tmp_path: Path) -> None:
@@ -223,11 +264,14 @@ def test_a_cut_at_any_byte_loses_only_the_cut_line(tmp_path: Path) -> None:
     ends = {0, *(len("".join(entry.line() for entry in entries[: n + 1]).encode()) for n in range(3))}
     for length in sorted({*range(0, len(whole), 9), *(end + step for end in ends for step in (-2, -1, 0, 1))}):
         path.write_bytes(whole[:length])
-        found = read(path)
         sound = sum(
             len(whole[:length]) >= len("".join(e.line() for e in entries[: n + 1]).encode()) - 1 for n in range(3)
         )
-        assert found.entries == entries[:sound]
+        if sound or not length:
+            assert read(path).entries == entries[:sound]
+        else:
+            with pytest.raises(UserError, match="no entry in it; line 1: "):
+                read(path)
         late = act("late", "drop")
         assert Journal(path).append([late]) == ([late], [])
         assert read(path).entries == [*entries[:sound], late], "what is written after a cut is whole"
@@ -241,6 +285,26 @@ def test_a_damaged_line_is_named_and_kept(tmp_path: Path) -> None:
     assert [entry.sample_id for entry in journal.entries] == ["a", "c"]
     journal.append([act("d")])
     assert '"act\n' in path.read_text(), "append-only: even a damaged line stays"
+
+
+def test_a_journal_put_behind_a_cut_one_loses_nothing(tmp_path: Path) -> None:
+    """``cat a.jsonl b.jsonl``, where a kill left half a line at the end of a."""
+    path = tmp_path / "j.jsonl"
+    cut, tricky, last = act("b").line()[:30], act("c", "drop", path='{"sample_id": "no"}'), act("d")
+    path.write_text(act("a").line() + cut + tricky.line() + cut + cut + last.line() + cut)
+    journal = read(path)
+    assert [entry.sample_id for entry in journal.entries] == ["a", "c", "d"]
+    assert [number for number, _ in journal.damaged] == [2, 3, 4], "the halves are told of"
+
+
+@pytest.mark.parametrize("text", ["image,label\n1.png,a\n2.png,b\n", '{"sample_id": "00', "{}\n"])
+def test_a_file_without_any_entry_is_no_journal(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match="no entry in it; line 1"):
+        read(path)
+    path.write_text("\n")
+    assert read(path).entries == []
 
 
 def test_two_reviewers_never_overwrite_each_other(tmp_path: Path) -> None:
@@ -314,6 +378,55 @@ def test_a_journal_put_back_from_a_backup_is_read_again(tmp_path: Path) -> None:
     path.unlink()
     journal.refresh()
     assert journal.entries == []
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_journal_merged_while_it_is_open_is_read_again(tmp_path: Path, in_place: bool) -> None:
+    """``cat ben.jsonl decisions.jsonl > new && mv new decisions.jsonl``: longer, and another beginning."""
+    path, new = tmp_path / "j.jsonl", tmp_path / "new"
+    mine, theirs = act("a"), [act("b", "drop"), act("c", "drop")]
+    journal = Journal(path)
+    journal.append([mine])
+    merged = "".join(entry.line() for entry in [*theirs, mine])
+    if in_place:
+        path.write_text(merged)
+    else:
+        new.write_text(merged)
+        new.replace(path)
+    journal.refresh()
+    assert (journal.entries, journal.damaged) == ([*theirs, mine], [])
+    assert journal.touched[1:] == ["a", "b", "c", "a"], "all of them may stand otherwise now"
+    unseen = act("b")
+    assert journal.append([unseen]) == ([], [(unseen, theirs[0])])
+
+
+def test_another_file_of_the_same_length_is_noticed(tmp_path: Path) -> None:
+    path, new = tmp_path / "j.jsonl", tmp_path / "new"
+    journal = Journal(path)
+    journal.append([act(f"s{number}") for number in range(60)])
+    new.write_text(path.read_text().replace('"s0"', '"t0"'))
+    new.replace(path)
+    journal.refresh()
+    assert journal.entries[0].sample_id == "t0"
+
+
+def test_what_is_written_while_the_journal_is_replaced_is_in_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, new = tmp_path / "j.jsonl", tmp_path / "new"
+    journal, first, second = Journal(path), act("a"), act("b")
+    journal.append([first])
+    new.write_bytes(path.read_bytes())
+    lock = fcntl.flock
+
+    def slow_lock(*arguments: Any) -> None:
+        lock(*arguments)
+        if new.exists():
+            new.replace(path)
+
+    monkeypatch.setattr(fcntl, "flock", slow_lock)
+    assert journal.append([second]) == ([second], [])
+    assert read(path).entries == [first, second]
 
 
 def test_refusals_say_where_and_what(tmp_path: Path) -> None:

@@ -187,6 +187,30 @@ def test_a_decision_settles_an_image_under_two_labels(photos: Path) -> None:
     assert "a/0.png" not in set(run(photos, previous=photos / "out" / "manifest.csv")[0].manifest.table["path"])
     table = run(photos, decisions=journal)[0].manifest.table.set_index("path")
     assert table.loc["a/0.png", "label"] == "b"
+    journal = decide(photos, manifests.read(photos / "out" / "manifest.csv"), {"a/0.png": ("keep", "")})
+    table = run(photos, decisions=journal)[0].manifest.table.set_index("path")
+    assert table.loc["a/0.png", "label"] == "b", "confirmed by a second look"
+
+
+def test_damaged_lines_of_the_journal_are_told(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, _ = run(photos)
+    journal = decide(photos, first.manifest, {"a/0.png": ("relabel", "b")})
+    journal.write_text("\nsomething else\n" + journal.read_text() + '{"sample_id": "0')
+    with caplog.at_level("WARNING", "octofold"):
+        second, paths = run(photos, decisions=journal)
+    assert "1 relabel applied, 2 damaged lines left out (line 2: cut short or not JSON" in caplog.text
+    assert "line 4: " in caplog.text
+    told = second.problems[second.problems["kind"] == "damaged line"]
+    assert told["detail"].str.slice(0, 7).tolist() == ["line 2:", "line 4:"]
+    assert set(told["file"]) == {"decisions.jsonl"}
+    assert json.loads(paths["report"].read_text())["problems"]["journal: damaged line"] == 2
+
+
+def test_a_file_that_is_no_journal_is_refused_before_anything_is_done(photos: Path) -> None:
+    (photos / "labels.csv").write_text("image,label\n0.png,a\n")
+    config = Prepare(competition="c", images=photos / "p", decisions=photos / "labels.csv")
+    with pytest.raises(UserError, match="no entry in it"):
+        preparing.check(config)
 
 
 def test_dropping_everything_is_refused_and_leaves_the_manifest(photos: Path) -> None:

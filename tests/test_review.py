@@ -25,7 +25,7 @@ from octofold.clean import cleaning
 from octofold.clean.desk import Desk, progress
 from octofold.clean.review import Server, make_app
 from octofold.data import journal
-from octofold.data.journal import Journal
+from octofold.data.journal import Entry, Journal
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError
 
@@ -84,6 +84,16 @@ def test_two_tabs_do_not_overwrite_each_other(manifest: Manifest) -> None:
     assert answer["changes"][0]["standing"]["action"] == "keep", "the other tab learns what happened"
     assert post(two, act(item, "drop", 3, after=f"{1:032x}")).get_json()["refused"] == []
     assert two.get(f"/{TOKEN}/news?since=1").get_json()["changes"][0]["standing"]["action"] == "drop"
+
+
+def test_a_page_learns_what_a_replaced_journal_says(desk: Desk, client: FlaskClient) -> None:
+    first, second, third = desk.queue.items[:3]
+    seq = post(client, act(first), act(second, "drop", 2)).get_json()["seq"]
+    kept = desk.journal.path.read_text().splitlines(keepends=True)[0]
+    desk.journal.path.write_text(Entry(third.sample_id, "drop", label=third.label).line() + kept)
+    changes = client.get(f"/{TOKEN}/news?since={seq}").get_json()["changes"]
+    now = {one["rank"]: one["standing"] and one["standing"]["action"] for one in changes}
+    assert now == {0: "keep", 1: None, 2: "drop"}
 
 
 def test_an_act_whose_answer_was_lost_is_sent_again_and_written_once(
@@ -178,6 +188,50 @@ def test_an_image_deleted_meanwhile_is_said_and_can_be_dropped(desk: Desk, clien
     assert post(client, act(item, "drop")).get_json()["written"]
 
 
+def test_an_image_replaced_meanwhile_is_not_shown_as_the_sample(desk: Desk, client: FlaskClient) -> None:
+    """Files renamed since prepare: under this id and label another picture would be judged."""
+    item, other = desk.queue.items[:2]
+    (desk.manifest.images / item.path).write_bytes((desk.manifest.images / other.path).read_bytes())
+    for size in ("big", "thumb"):
+        answer = client.get(f"/{TOKEN}/{size}/{item.sample_id}")
+        assert answer.status_code == 410
+        assert "another content" in answer.get_json()["error"]
+    assert client.get(f"/{TOKEN}/big/{other.sample_id}").status_code == 200
+
+
+def test_ids_of_another_making_say_nothing_of_the_content(manifest: Manifest) -> None:
+    table = manifest.table.assign(sample_id=[f"photo-{row}" for row in range(len(manifest.table))])
+    desk = Desk(cleaning.Queue([], []), dataclasses.replace(manifest, table=table), Journal("none.jsonl"), "anna")
+    assert desk.image("photo-3", "big")
+
+
+def test_a_skip_takes_no_decision_back(desk: Desk, client: FlaskClient) -> None:
+    """The page shows what the replay will do, and the same after a reload."""
+    item = desk.queue.items[3]
+    drop, skip = f"{1:032x}", f"{2:032x}"
+    post(client, act(item, "drop"))
+    changed = post(client, act(item, "skip", 2, after=drop), since=1).get_json()["changes"]
+    assert desk.journal.decisions()[item.sample_id].action == "drop"
+    assert client.get(f"/{TOKEN}/state").get_json()["done"] == [3]
+    shown = client.get(f"/{TOKEN}/items?ranks=3").get_json()[0]["standing"]
+    assert (shown["action"], shown["decided"]) == ("drop", True)
+    assert shown["entry"] == skip, "the next act has seen the skip"
+    assert [one["standing"] for one in changed] == [shown]
+    answer = post(client, act(item, "keep", 3, after=drop), reviewer="ben").get_json()["refused"][0]
+    assert (answer["standing"], answer["rival"]["action"]) == (shown, "skip")
+    post(client, act(item, "undo", 4, undoes=skip), act(desk.queue.items[5], "skip", 5))
+    assert client.get(f"/{TOKEN}/items?ranks=3").get_json()[0]["standing"]["entry"] == drop
+    shown = client.get(f"/{TOKEN}/items?ranks=5").get_json()[0]["standing"]
+    assert (shown["action"], shown["decided"]) == ("skip", False)
+
+
+def test_a_decision_on_a_label_that_changed_is_none(desk: Desk, client: FlaskClient) -> None:
+    item = desk.queue.items[0]
+    desk.journal.append([Entry(item.sample_id, "keep", label="what it was called once")])
+    assert client.get(f"/{TOKEN}/items?ranks=0").get_json()[0]["standing"]["decided"] is False
+    assert client.get(f"/{TOKEN}/state").get_json()["done"] == []
+
+
 def test_a_manifest_that_moved_on_is_said(desk: Desk, client: FlaskClient) -> None:
     assert client.get(f"/{TOKEN}/news?since=0").get_json()["moved_on"] is False
     table = desk.manifest.table.assign(fold=0)
@@ -224,7 +278,7 @@ def test_a_full_disk_is_said_and_nothing_is_acknowledged(desk: Desk, client: Fla
     assert len(answer["written"]) == 2, "there is room again, the page sends it again: nothing is lost"
     kept = journal.read(desk.journal.path)
     assert [entry.sample_id for entry in kept.entries] == [item.sample_id for item in (first, second, third)]
-    assert len(kept.damaged) == 1
+    assert [number for number, _ in kept.damaged] == client.get(f"/{TOKEN}/state").get_json()["damaged"] == [2]
 
 
 def test_a_taken_port_is_refused(desk: Desk) -> None:

@@ -1,15 +1,18 @@
 """The review page in a real browser: keys, mouse, touch, hostile names, two tabs, speed."""
 
+import dataclasses
 import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import labelled
 from labelled import CLASSES, make_embeddings, make_manifest, make_oof
 from octofold.clean import cleaning
 from octofold.clean.desk import Desk
@@ -54,9 +57,10 @@ def chromium() -> Iterator[Any]:
 class Page:
     """The page of one manifest, its server running in this process."""
 
-    def __init__(self, browser: Any, folder: Path) -> None:
+    def __init__(self, browser: Any, folder: Path, more_classes: tuple[str, ...] = ()) -> None:
         self.manifest, self.truth = make_manifest(folder, WRONG)
         oof, vectors = [make_oof(self.manifest, self.truth)], make_embeddings(self.manifest, self.truth)
+        self.manifest = dataclasses.replace(self.manifest, classes=(*self.manifest.classes, *more_classes))
         self.queue = cleaning.rank(self.manifest, oof, vectors)
         self.journal = Journal(folder / "decisions.jsonl")
         self.desk = Desk(self.queue, self.manifest, self.journal, "anna")
@@ -106,13 +110,19 @@ class Page:
         return [line["message"] for line in self.browser.get_log("browser") if line["level"] == "SEVERE"]
 
 
-@pytest.fixture
-def page(chromium: Any, tmp_path: Path) -> Iterator[Page]:
-    opened = Page(chromium, tmp_path)
+@contextmanager
+def _opened(browser: Any, folder: Path, more_classes: tuple[str, ...] = ()) -> Iterator[Page]:
+    opened = Page(browser, folder, more_classes)
     yield opened
-    chromium.get("about:blank")
+    browser.get("about:blank")
     opened.server.stop()
     opened.thread.join(60)
+
+
+@pytest.fixture
+def page(chromium: Any, tmp_path: Path) -> Iterator[Page]:
+    with _opened(chromium, tmp_path) as opened:
+        yield opened
 
 
 def did(entries: list[Entry]) -> list[tuple[str, str]]:
@@ -253,13 +263,143 @@ def test_two_reviewers(page: Page) -> None:
     assert did(page.settle()) == [(first, "drop"), (first, "keep")], "now it was seen, now it counts"
 
 
+def _slow_answers(page: Page, monkeypatch: pytest.MonkeyPatch, name: str) -> threading.Event:
+    """From now on the desk does `name` only once the event returned is set."""
+    done, late = getattr(page.desk, name), threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        late.wait(60)
+        return done(*arguments)
+
+    monkeypatch.setattr(page.desk, name, slow)
+    return late
+
+
+def _beaten(page: Page) -> str:
+    """Another reviewer drops the image on the screen, and the page does not know yet."""
+    item = next(item for item in page.queue.items if item.sample_id == page.current)
+    Journal(page.journal.path).append([Entry(item.sample_id, "drop", label=item.label, reviewer="boris")])
+    return item.sample_id
+
+
+def test_a_class_goes_to_the_image_it_was_typed_for(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The image before comes back, refused, while the classes are open: it waits until they are closed."""
+    from selenium.webdriver.common.keys import Keys
+
+    page.choose("")
+    beaten, late = _beaten(page), _slow_answers(page, monkeypatch, "act")
+    page.keys("k")
+    typed_for = page.current
+    assert typed_for != beaten
+    target = next(name for name in CLASSES[1:] if name != page.desk.label[typed_for])
+    page.keys("r")
+    late.set()
+    page.wait("return octofold.idle && !document.querySelector('#toast').hidden")
+    assert page.wait("return document.querySelector('#chooser').open")
+    assert page.current == typed_for
+    page.keys(target[:3], Keys.ENTER)
+    entry = page.settle()[-1]
+    assert (entry.sample_id, entry.action, entry.target) == (typed_for, "relabel", target)
+    page.wait(f"return octofold.current?.id === '{beaten}'")
+
+
+def test_a_refusal_outside_the_filter_ends_no_selection(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    page.choose("")
+    beaten, late = _beaten(page), _slow_answers(page, monkeypatch, "act")
+    page.keys("k")
+    other = next(name for name in (CLASSES[0], CLASSES[2]) if name != page.desk.label[beaten])
+    page.choose(f"label:{other}", wait=False)
+    page.wait(f"return document.querySelector('#label').textContent === '{other}'")
+    shown = page.current
+    late.set()
+    page.wait("return octofold.idle && !document.querySelector('#toast').hidden")
+    assert "boris was faster" in page.text("#toast")
+    assert page.current == shown
+    assert page.wait("return document.querySelector('#end').hidden")
+
+
+def test_a_second_key_does_not_answer_for_the_same_tiles(
+    chromium: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the next tiles are fetched, the last ones are still on the screen."""
+    monkeypatch.setattr(labelled, "EACH", 50)
+    with _opened(chromium, tmp_path) as page:
+        page.choose("")
+        page.keys("k", "k", "k", "g")
+        page.wait("return document.querySelectorAll('.tile').length === 12")
+        before, late = len(page.settle()), _slow_answers(page, monkeypatch, "describe")
+        page.keys("k")
+        assert not page.browser.execute_script("return octofold.idle"), "the next tiles are not here yet"
+        page.click(".tile:nth-child(2)")
+        page.keys("d", "1", "r")
+        late.set()
+        entries = page.settle()[before:]
+        assert [entry.action for entry in entries] == ["keep"] * 12
+        page.keys("d")
+        dropped = page.settle()[before + 12 :]
+        assert {entry.action for entry in dropped} == {"drop"}
+        assert not {entry.sample_id for entry in dropped} & {entry.sample_id for entry in entries}
+
+
+def test_only_guesses_on_the_screen_have_keys(chromium: Any, tmp_path: Path) -> None:
+    with _opened(chromium, tmp_path, ("pear", "plum", "fig")) as page:
+        page.choose("")
+        shown = page.wait("return document.querySelectorAll('#guesses .guess').length")
+        item = page.queue.items[0]
+        assert shown < len(item.guesses) == 5
+        page.keys("5", "9")
+        assert page.settle() == []
+        page.keys("g")
+        page.wait("return document.querySelectorAll('.tile').length")
+        page.keys("2")
+        assert page.settle() == [], "no other guess than the first stands above the tiles"
+        page.keys("1")
+        assert {entry.target for entry in page.settle()} == {item.guesses[0][0]}
+
+
+def test_a_skip_changes_nothing_that_was_decided(page: Page) -> None:
+    page.choose("")
+    first = page.current
+    page.keys("d")
+    page.settle()
+    decided = "return document.querySelectorAll('#numbers b')[1].textContent"
+    assert page.wait(decided) == "1"
+    page.keys("p", "s", "p")
+    assert did(page.settle())[-1] == (first, "skip")
+    assert page.current == first
+    assert "dropped by anna" in page.text("#stamp")
+    assert page.wait(decided) == "1"
+    page.open()
+    page.settle()
+    assert page.wait(decided) == "1", "the same after a reload"
+
+
+def test_a_zoomed_image_comes_back_where_it_was(page: Page) -> None:
+    from selenium.webdriver import ActionChains
+
+    page.choose("")
+    page.settle()
+    stage, first = page.browser.find_element("css selector", "#stage"), page.current
+    page.click("#stage")
+    ActionChains(page.browser).move_to_element(stage).click_and_hold().move_by_offset(90, 40).release().perform()
+    assert page.wait("return document.querySelector('#frame img').style.translate")
+    page.keys("n")
+    assert page.current != first
+    page.keys("p")
+    assert page.current == first
+    page.settle()
+    script = "const style = document.querySelector('#frame img').style; return [style.translate, style.transform]"
+    assert page.wait(script) == ["", ""]
+
+
 def test_an_image_that_is_gone(page: Page) -> None:
     page.manifest.paths[page.manifest.sample_ids.tolist().index(page.queue.items[5].sample_id)].unlink()
     page.choose("")
     for _ in range(5):
         page.keys("n")
-    page.wait("return !document.querySelector('#gone').hidden")
+    page.wait("return !document.querySelector('#gone').hidden && octofold.idle")
     assert page.queue.items[5].path in page.text("#gone")
+    assert "no such file" in page.text("#gone")
     page.keys("d")
     assert did(page.settle()) == [(page.queue.items[5].sample_id, "drop")]
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from labelled import CLASSES, make_manifest, make_oof
-from octofold.data.journal import Entry, Journal, replay
+from octofold.data.journal import Entry, Journal
 from octofold.data.manifest import Manifest, read
+from octofold.data.replay import replay
 from octofold.errors import UserError
 from octofold.tune import worth
 from world import make_world

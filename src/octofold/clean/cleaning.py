@@ -175,16 +175,20 @@ def undecided(journal: Journal, manifest: Manifest) -> set[str]:
 
 def _stale(journal: Journal | None, manifest: Manifest) -> dict[str, Entry]:
     """Decisions that judged a label the sample no longer has. A drop judges the image: never stale."""
-    if journal is None or manifest.task != "classify":
+    if journal is None or manifest.task != "classify":  # keypoints have no label to change
         return {}
     label = dict(zip(manifest.sample_ids.tolist(), manifest.table["label"].astype(str), strict=True))
     return {
         sample_id: entry
         for sample_id, entry in journal.decisions().items()
-        if sample_id in label
-        and entry.action in ("keep", "relabel")
-        and label[sample_id] not in (entry.label, entry.target or entry.label)
+        if sample_id in label and is_stale(journal, entry, label[sample_id])
     }
+
+
+def is_stale(journal: Journal, decision: Entry, label: str) -> bool:
+    """Whether a standing decision judged another label than this; a relabel judged its old and its new one."""
+    judged = journal.relabel_of(decision) or decision
+    return judged.action != "drop" and label not in (judged.label, judged.target or judged.label)
 
 
 def _members(manifest: Manifest, oof: Sequence[Predictions]) -> tuple[dict[str, Array], list[str]]:

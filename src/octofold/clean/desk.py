@@ -2,6 +2,7 @@
 
 import getpass
 import io
+import re
 from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
@@ -10,16 +11,17 @@ from typing import Any
 
 from PIL import Image
 
-from octofold.clean.cleaning import Item, Queue, undecided
+from octofold.clean.cleaning import Item, Queue, is_stale, undecided
 from octofold.clean.evidence import KINDS
 from octofold.data.decoding import open_image, to_rgb, upright
 from octofold.data.journal import Entry, Journal
-from octofold.data.manifest import Manifest
+from octofold.data.manifest import ID_LENGTH, Manifest
 from octofold.errors import UserError
-from octofold.files import read_json
+from octofold.files import read_json, sha256_file
 
 SIDES = {"big": 1400, "thumb": 220}  # longest side of what is served, px
 MOST_ACTS = 200  # in one request
+CONTENT = re.compile(f"[0-9a-f]{{{ID_LENGTH}}}")  # ids as prepare makes them: the beginning of the file's sha256
 
 
 class Desk:
@@ -66,8 +68,8 @@ class Desk:
             "flags": [number for number, item in enumerate(items) if item.flagged],
             "kinds": {kind: [text, kinds[kind]] for kind, text in KINDS.items() if kinds[kind]},
             "labels": {name: labels[name] for name in self.manifest.classes if labels[name]},
-            "seq": len(self.journal.entries),
-            "damaged": len(self.journal.damaged),
+            "seq": len(self.journal.touched),
+            "damaged": [number for number, _ in self.journal.damaged],
             "journal": str(self.journal.path),
         }
 
@@ -95,7 +97,7 @@ class Desk:
                 {"id": one, "label": self.label[one], "name": self.path[one], "similarity": similarity}
                 for one, similarity in item.neighbours
             ],
-            "standing": _standing(self.journal.standing(item.sample_id)),
+            "standing": self._standing(item.sample_id),
         }
         if self.manifest.task == "keypoints":
             shown["points"] = self._points(item.sample_id)
@@ -117,13 +119,27 @@ class Desk:
         return {"names": names, "given": given, "guessed": None if guessed is None else shares(guessed)}
 
     def changes(self, since: int) -> list[dict[str, Any]]:
-        """Where the samples stand that the journal has touched since its entry number `since`."""
-        touched = {entry.sample_id: None for entry in self.journal.entries[since:]}
+        """Where the samples stand that the journal has touched since its `seq` was `since`."""
+        touched = dict.fromkeys(self.journal.touched[since:])
         return [
-            {"id": one, "rank": self.rank[one], "standing": _standing(self.journal.standing(one))}
-            for one in touched
-            if one in self.rank
+            {"id": one, "rank": self.rank[one], "standing": self._standing(one)} for one in touched if one in self.rank
         ]
+
+    def _standing(self, sample_id: str) -> dict[str, Any] | None:
+        """What the page shows of a sample's acts: its decision (or its skip, where there is none).
+
+        ``entry`` is the latest act, a skip too: what the next one must have seen. ``decided`` is whether the
+        decision speaks of the label the image has now.
+        """
+        latest, decision = self.journal.standing(sample_id), self.journal.decision(sample_id)
+        if latest is None:
+            return None
+        is_old = (
+            decision is not None
+            and self.manifest.task == "classify"
+            and is_stale(self.journal, decision, self.label[sample_id])
+        )
+        return {**_facts(decision or latest), "entry": latest.entry, "decided": decision is not None and not is_old}
 
     def mine(self, reviewer: str, most: int = 100) -> list[tuple[int, str, str]]:
         """``(rank, sample_id, entry)`` of a reviewer's latest standing acts, oldest first: for undo."""
@@ -152,14 +168,20 @@ class Desk:
         return {
             "written": [entry.entry for entry in written],
             "refused": [
-                {"id": entry.sample_id, "entry": entry.entry, "standing": _standing(now)} for entry, now in refused
+                {
+                    "id": entry.sample_id,
+                    "entry": entry.entry,
+                    "standing": self._standing(entry.sample_id),
+                    "rival": now and _facts(now),
+                }
+                for entry, now in refused
             ],
             **self.news(since if isinstance(since, int) and since >= 0 else 0),
         }
 
     def news(self, since: int) -> dict[str, Any]:
         """What other tabs and reviewers did, and whether the manifest on disk is still the one shown."""
-        return {"changes": self.changes(since), "seq": len(self.journal.entries), "moved_on": self._moved_on()}
+        return {"changes": self.changes(since), "seq": len(self.journal.touched), "moved_on": self._moved_on()}
 
     def _entry(self, act: Any, reviewer: Any) -> Entry:
         if not isinstance(act, dict) or not isinstance(act.get("id"), str) or act["id"] not in self.path:
@@ -209,13 +231,16 @@ class Desk:
         """A sample's picture, upright and in RGB, as JPEG (PNG when tiny); `size` is a key of `SIDES`.
 
         Raises:
-            UserError: unknown id, deleted meanwhile, unreadable, or a path that leaves the image folder.
+            UserError: unknown id, deleted or replaced meanwhile, unreadable, or a path that leaves the image folder.
         """
         return self._kept[size](sample_id, SIDES[size])
 
     def _image(self, sample_id: str, side: int) -> bytes:
         path = self.file(sample_id)
         image = open_image(path)
+        if CONTENT.fullmatch(sample_id) and sha256_file(path)[:ID_LENGTH] != sample_id:
+            got = "another content than prepare saw: it is not this sample any more"
+            raise UserError(self.path[sample_id], expected=f"the image {sample_id}", got=got, fix="run prepare again")
         image.draft(None, (side, side))
         picture = Image.fromarray(to_rgb(upright(image, path), path))
         picture.thumbnail((side, side), Image.Resampling.BILINEAR)
@@ -227,11 +252,8 @@ class Desk:
         return buffer.getvalue()
 
 
-def _standing(entry: Entry | None) -> dict[str, str] | None:
-    if entry is None:
-        return None
-    names = ("entry", "action", "target", "label", "reviewer", "time")
-    return {name: getattr(entry, name) for name in names}
+def _facts(entry: Entry) -> dict[str, str]:
+    return {name: getattr(entry, name) for name in ("entry", "action", "target", "label", "reviewer", "time")}
 
 
 def login() -> str:

@@ -1,4 +1,4 @@
-"""The journal of decisions: append-only JSON lines, one per act of a reviewer, and their replay on a manifest.
+"""The journal of decisions: append-only JSON lines, one per act of a reviewer.
 
 Nothing is ever changed in place: an undo is an entry, a change of mind is an entry, raw labels stay raw. An entry
 names its sample by `sample_id`, which is content, so decisions outlive moves, renames and new folds.
@@ -12,22 +12,21 @@ import stat
 import threading
 import uuid
 from bisect import insort
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
-import numpy as np
-import pandas as pd
-
-from octofold.errors import UserError, preview
+from octofold.errors import UserError
 
 ACTIONS = ("keep", "relabel", "drop", "skip", "undo")
 """What a reviewer can do; `skip` decides nothing, `undo` takes one earlier entry back."""
 
 _ID = re.compile(r"[A-Za-z0-9_.\-]{1,100}")
+_START = b'{"sample_id"'  # of a line that `Entry.line` wrote; inside a text its quotes would be escaped
+_END = 4096  # bytes of what was read that must still be there
 _LONGEST = 2000  # characters of any text in an entry; a class name or a path is shorter
 
 
@@ -110,11 +109,14 @@ class Journal:
         path: the JSONL file; made at the first append.
         entries: every sound entry so far, in file order, each id once.
         damaged: ``(line number, what is wrong)`` of lines that are not entries. They are kept in the file.
+        touched: the sample of each entry as it was read or, where the file was replaced, forgotten. It only grows, so
+            whoever knows its length learns what may stand otherwise since.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self._mutex = threading.RLock()
+        self.touched: list[str] = []
         self._forget()
         self.refresh()
 
@@ -126,6 +128,12 @@ class Journal:
         self._moments: dict[str, tuple[float, int]] = {}
         self._offset = 0
         self._lines = 0
+        self._last = b""  # the end of what was read
+        self._file = 0  # which file it was (inode)
+
+    def _start_over(self) -> None:
+        self.touched += [entry.sample_id for entry in self.entries]
+        self._forget()
 
     def refresh(self) -> None:
         """Take in what others have appended since.
@@ -138,22 +146,30 @@ class Journal:
                 status = self.path.stat()
                 if not stat.S_ISREG(status.st_mode):
                     raise UserError(self.path, expected="a journal (JSON lines)", got="something that is no file")
-                size = status.st_size
-                if size < self._offset:  # somebody put an older copy back: what it says now is the truth
-                    self._forget()
                 with self.path.open("rb") as file:
+                    if not self._goes_on(file):  # an older copy put back, two journals made one: this is the truth now
+                        self._start_over()
+                    self._file = os.fstat(file.fileno()).st_ino
                     file.seek(self._offset)
                     fresh = file.read()
             except FileNotFoundError:
-                self._forget()
+                self._start_over()
                 return
             except OSError as error:
                 raise UserError(self.path, expected="a journal (JSON lines)", got=error.strerror or "") from error
             whole = fresh[: fresh.rfind(b"\n") + 1]  # the rest is a line still being written, or cut by a kill
             self._offset += len(whole)
+            self._last = (self._last + whole)[-_END:]
             for line in whole.split(b"\n")[:-1]:
                 self._lines += 1
                 self._take(line)
+
+    def _goes_on(self, file: IO[bytes]) -> bool:
+        """Whether a file begins with what was read of it before: the same one, and the same bytes at the end of it."""
+        if self._offset and os.fstat(file.fileno()).st_ino != self._file:
+            return False
+        file.seek(self._offset - len(self._last))
+        return file.read(len(self._last)) == self._last
 
     def _take(self, line: bytes) -> None:
         if not line.strip(b" \t\r\0"):
@@ -162,6 +178,8 @@ class Journal:
             entry = parse(line.decode("utf-8").removeprefix("\ufeff"))
         except ValueError as error:  # UnicodeDecodeError is one too
             self.damaged.append((self._lines, str(error)))
+            if (start := line.rfind(_START)) > 0:  # a file was put behind one whose last line had been cut
+                self._take(line[start:])
             return
         known = self._by_id.get(entry.entry)
         if known is not None:
@@ -176,6 +194,7 @@ class Journal:
             insort(self._standing.setdefault(entry.sample_id, []), entry, key=lambda one: self._moments[one.entry])
         self._by_id[entry.entry] = entry
         self.entries.append(entry)
+        self.touched.append(entry.sample_id)
 
     def _moment(self, entry: Entry) -> tuple[float, int]:
         """When an act was done (s) and its line: in a file made of two, a later line may be the earlier act.
@@ -199,20 +218,31 @@ class Journal:
         return len(kept) < len(standing)
 
     def standing(self, sample_id: str) -> Entry | None:
-        """The latest entry of a sample that no undo has taken back: its decision, or None."""
+        """The latest entry of a sample that no undo has taken back, or None."""
         found = self._standing.get(sample_id)
         return found[-1] if found else None
 
+    def decision(self, sample_id: str) -> Entry | None:
+        """As `standing`, skips left out: a skip decides nothing."""
+        found = self._standing.get(sample_id, [])
+        return next((entry for entry in reversed(found) if entry.action != "skip"), None)
+
     def decisions(self) -> dict[str, Entry]:
-        """``{sample_id: standing entry}`` in order of time, skips left out: a skip decides nothing."""
-        firm = {
-            entry.sample_id: entry.entry
-            for entries in self._standing.values()
-            for entry in entries
-            if entry.action != "skip"
-        }
-        order = sorted(firm.values(), key=self._moments.__getitem__)
-        return {self._by_id[one].sample_id: self._by_id[one] for one in order}
+        """``{sample_id: decision}`` of all that have one, in order of time."""
+        found = [entry for one in self._standing if (entry := self.decision(one))]
+        return {entry.sample_id: entry for entry in sorted(found, key=lambda one: self._moments[one.entry])}
+
+    def relabel_of(self, decision: Entry) -> Entry | None:
+        """The relabel that a standing decision comes to: itself, or the one that a keep confirms; None for others.
+
+        A keep confirms the latest relabel before it to the very label it saw: a manifest with that relabel replayed
+        was under review. On raw labels it is the relabel that must go on to hold.
+        """
+        if decision.action == "relabel":
+            return decision
+        before = self._standing.get(decision.sample_id, []) if decision.action == "keep" else []
+        before = before[: before.index(decision)] if decision in before else []
+        return next((one for one in reversed(before) if one.target == decision.label != ""), None)
 
     def append(self, entries: Iterable[Entry]) -> tuple[list[Entry], list[tuple[Entry, Entry | None]]]:
         """Write acts at once, those first checked against what others wrote meanwhile.
@@ -271,13 +301,17 @@ class Journal:
     def _locked(self) -> Iterator[IO[bytes]]:
         import fcntl
 
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = self.path.open("ab", buffering=0)
-        except OSError as error:
-            raise self._unwritable(error) from error
-        with file:
+        while True:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                file = self.path.open("ab", buffering=0)
+            except OSError as error:
+                raise self._unwritable(error) from error
             fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file closes, even by a kill
+            if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+                break
+            file.close()  # another file was moved here meanwhile: what is written to this one nobody would find
+        with file:
             yield file
 
 
@@ -285,7 +319,7 @@ def read(path: Path | str) -> Journal:
     """Read a journal that must be there, its last line even if a kill cut the line end off.
 
     Raises:
-        UserError: no such file, or not one that can be read.
+        UserError: no such file, or not one that can be read, or it has lines, and none of them is an entry.
     """
     path = Path(path)
     if not path.is_file():
@@ -297,102 +331,16 @@ def read(path: Path | str) -> Journal:
     if tail:
         journal._lines += 1
         journal._take(tail)
+    if journal.damaged and not journal.entries:
+        number, what = journal.damaged[0]
+        raise UserError(path, expected="a journal of decisions (JSONL)", got=f"no entry in it; line {number}: {what}")
     return journal
 
 
-@dataclass(frozen=True)
-class Replayed:
-    """What a journal did to a table.
-
-    Attributes:
-        table: the new table; the old one is untouched.
-        report: a row per decided sample: ``sample_id, action, before, after, outcome, note, reviewer, time, entry``.
-            outcome: applied | already | confirmed | gone | conflict | unknown class.
-        damaged: lines of the journal that could not be read.
-    """
-
-    table: pd.DataFrame
-    report: pd.DataFrame
-    damaged: list[tuple[int, str]]
-
-    def summary(self) -> str:
-        """Say in one line what was done and what was not."""
-        pairs = list(zip(self.report["outcome"], self.report["action"], strict=True))
-        parts = [f"{pairs.count(pair)} {pair[1]} {pair[0]}" for pair in sorted(set(pairs))]
-        if self.damaged:
-            parts.append(
-                f"{len(self.damaged)} unreadable lines (first: line {self.damaged[0][0]}: {self.damaged[0][1]})"
-            )
-        return ", ".join(parts) or "no decisions"
-
-
-_COLUMNS = ["sample_id", "action", "before", "after", "outcome", "note", "reviewer", "time", "entry"]
-
-
-def replay(
-    journal: "Journal | Sequence[Entry]",
-    table: pd.DataFrame,
-    classes: Sequence[str] | None = None,
-    same_as: Mapping[str, str] | None = None,
-) -> Replayed:
-    """Apply the standing decisions to a manifest's table; pure, and twice is once.
-
-    A relabel or a drop judged the image, so it holds even where the raw label has changed since; a keep judged the
-    label, so a keep of a label that is no longer there is a conflict and the sample should be looked at again.
-
-    Args:
-        journal: a `Journal`, or entries in order.
-        table: with columns `sample_id` (unique) and, for classes, `label`. Other columns travel along.
-        classes: the names a relabel may use; None = those in `table`.
-        same_as: ``{journal's sample_id: sample_id here}`` of images that were re-encoded since and matched by
-            near-duplicate search; said in the note.
-
-    Returns:
-        the new table (dropped rows gone, order kept, index renumbered) and what became of each decision.
-    """
-    if not isinstance(journal, Journal):
-        journal = _in_memory(journal)
-    new = table.copy()
-    place = {name: row for row, name in enumerate(table["sample_id"].astype(str))}
-    names = set(classes if classes is not None else table["label"] if "label" in table else ())
-    labels = table["label"].astype(str).tolist() if "label" in table else [""] * len(table)
-    dropped: set[int] = set()
-    rows = []
-    for sample_id, entry in journal.decisions().items():
-        here = sample_id if sample_id in place else (same_as or {}).get(sample_id, sample_id)
-        row = place.get(here)
-        before = labels[row] if row is not None else entry.label
-        outcome, after, note = _judge(entry, before, row is not None, names)
-        if here != sample_id:
-            note = f"re-encoded since, matched from {sample_id}; {note}".rstrip("; ")
-        if row is not None:  # the later decision wins where two ids have become one image
-            (dropped.add if entry.action == "drop" else dropped.discard)(row)
-        if row is not None and outcome == "applied" and entry.action == "relabel":
-            labels[row] = after
-        rows.append([here, entry.action, before, after, outcome, note, entry.reviewer, entry.time, entry.entry])
-    if "label" in new:
-        new["label"] = pd.Series(labels, index=new.index, dtype=new["label"].dtype)
-    keep = np.array([row not in dropped for row in range(len(new))], dtype=bool)  # a bare [] would pick columns
-    return Replayed(new[keep].reset_index(drop=True), pd.DataFrame(rows, columns=_COLUMNS), list(journal.damaged))
-
-
-def _judge(entry: Entry, before: str, is_here: bool, classes: set[str]) -> tuple[str, str, str]:
-    """``(outcome, label after, note)`` of one decision on a sample now labelled `before`."""
-    if not is_here:
-        done = entry.action == "drop"
-        return ("already" if done else "gone"), "", "" if done else "no image with this content any more"
-    if entry.action == "drop":
-        return "applied", "", ""
-    moved = f"judged as '{entry.label}', labelled '{before}' now" if before not in (entry.label, entry.target) else ""
-    if entry.action == "keep":
-        return ("conflict", before, f"{moved}: look again") if moved else ("confirmed", before, "")
-    if entry.target not in classes:
-        return "unknown class", before, f"'{entry.target}' is none of {preview(sorted(classes), 8)}"
-    return ("already" if before == entry.target else "applied"), entry.target, moved
-
-
-def _in_memory(entries: Sequence[Entry]) -> Journal:
+def in_memory(entries: Sequence[Entry]) -> Journal:
+    """Return the journal that these acts, in this order, would make; nothing is written."""
     journal = Journal.__new__(Journal)
+    journal.touched = []
     journal._forget()
     for number, entry in enumerate(entries, start=1):
         journal._lines = number

@@ -18,7 +18,7 @@ COLUMNS = ("set", "file", "sample_id", "kind", "detail", "action")
 
 @dataclass
 class Findings:
-    """Rows of ``problems.csv``: ``set`` (train, test), ``file, sample_id, kind, detail, action``."""
+    """Rows of ``problems.csv``: ``set`` (train, test, journal), ``file, sample_id, kind, detail, action``."""
 
     rows: list[tuple[str, ...]] = field(default_factory=list)
 
@@ -36,6 +36,10 @@ class Findings:
         self.rows.append(
             ("train", "", name.removeprefix("near-"), "group crosses folds", name, "kept: those folds were given")
         )
+
+    def line(self, journal: Path, number: int, what: str) -> None:
+        """Note a line of the journal of decisions that is no entry."""
+        self.rows.append(("journal", journal.name, "", "damaged line", f"line {number}: {what}", "left out"))
 
     def table(self) -> pd.DataFrame:
         """All of them."""

@@ -16,8 +16,10 @@ import pandas as pd
 from scipy.stats import ks_2samp
 
 from octofold.commands import Prepare
+from octofold.config import log
 from octofold.data import journal
 from octofold.data.manifest import Manifest
+from octofold.data.replay import replay
 from octofold.errors import UserError, preview
 from octofold.files import ROOT, atomic, existing, write_json
 from octofold.nets import landmarks
@@ -94,7 +96,7 @@ def prepare(config: Prepare) -> Prepared:
         before.same |= before.fresh
         for row in table[table["sample_id"].isin(before.fresh.values())].itertuples():
             found.add("train", row, "re-encoded", "looks like an image of the manifest before", "keeps its fold")
-    table, decided = _replay(config, source, table, before)
+    table, decided = _replay(config, source, table, before, found)
     prints = _select(prints, table["sample_id"])
     pairs = neighbours.near_pairs(prints.phash, prints.tiny)
     test, test_looks, test_prints = questions.read_test(config, source, found)
@@ -142,6 +144,8 @@ def check(config: Prepare) -> None:
         raise UserError("prepare", expected=expected, got="none of them")
     if len(given) > 1:
         raise UserError("prepare", expected="one of --images, --source, --builtin", got=" and ".join(given))
+    if config.decisions is not None:
+        journal.read(existing(config.decisions, "what --decisions names"))
     if config.source:
         return  # what it holds is seen when it is there
     if config.sample_submission is not None and config.test_images is None:
@@ -154,8 +158,7 @@ def check(config: Prepare) -> None:
         raise UserError("--test_points", expected="--test_images as well", got="none")
     if config.task == "keypoints" and config.classes is not None:
         raise UserError("--classes", expected="--task classify", got="keypoints", fix="leave it out")
-    names = ("images", "labels", "classes", "test_images", "sample_submission", "folds_file", "decisions", "previous",
-             "test_points")  # fmt: skip
+    names = ("images", "labels", "classes", "test_images", "sample_submission", "folds_file", "previous", "test_points")
     for name in names:
         if (path := getattr(config, name)) is not None:
             existing(path, f"what --{name} names")
@@ -189,8 +192,9 @@ def _samples(config: Prepare, source: sources.Source, found: Findings) -> tuple[
     if config.folds_file is not None:
         table["fold"] = _given_folds(config, config.folds_file, source)
     if config.decisions is not None and "label" in table:  # an image under two labels, judged since, has one
-        judged = journal.read(config.decisions).decisions().items()
-        said = {name: entry.target for name, entry in judged if entry.target in source.names}
+        decided = journal.read(config.decisions)
+        judged = {name: decided.relabel_of(entry) for name, entry in decided.decisions().items()}
+        said = {name: entry.target for name, entry in judged.items() if entry and entry.target in source.names}
         torn = table.groupby("sample_id")["label"].transform("nunique") > 1
         table.loc[torn, "label"] = table["sample_id"][torn].map(said).fillna(table["label"][torn])
     rows = settle(table, _targets(source), config.conflicts, found)
@@ -215,12 +219,16 @@ def _given_folds(config: Prepare, path: Path, source: sources.Source) -> Ints:
 
 
 def _replay(
-    config: Prepare, source: sources.Source, table: pd.DataFrame, before: _Before
+    config: Prepare, source: sources.Source, table: pd.DataFrame, before: _Before, found: Findings
 ) -> tuple[pd.DataFrame, pd.DataFrame | None]:
     """The table with decisions replayed, and what became of each."""
     if config.decisions is None:
         return table, None
-    done = journal.replay(journal.read(config.decisions), table, source.names, before.same)
+    done = replay(journal.read(config.decisions), table, source.names, before.same)
+    for number, what in done.damaged:
+        found.line(config.decisions, number, what)
+    if done.damaged:
+        log.warning("%s: %s", config.decisions, done.summary())
     if done.table.empty:
         raise UserError(config.decisions, expected="some samples left", got="every one dropped")
     return done.table, done.report
