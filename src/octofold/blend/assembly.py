@@ -146,6 +146,7 @@ def _about(
     return {
         "run_id": run.id,
         "competition": config.competition,
+        "classes": list(members.rows.classes),
         "stage": config.stage,
         "method": judged.blend.method,
         "views": members.views,
