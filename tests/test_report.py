@@ -73,6 +73,33 @@ def test_two_finals_are_chosen_once_the_public_board_has_spoken(
     assert "0.3000" in losses[0]
 
 
+def test_the_best_public_score_is_that_of_all_and_blends_that_cannot_be_weighed_are_counted(
+    tmp_path: Path, mlruns: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from octofold.reports import picks
+
+    monkeypatch.setattr(picks, "ROOT", tmp_path)
+    monkeypatch.setattr(picks, "MOST", 3)
+    folder = tmp_path / "data" / "world"
+    table, truth = make_manifest(folder)
+    table.save(folder / "test.csv")
+    lone = {"manifest_hash": table.hash, "method": "lone", "views": "none"}
+    with tracking.run("blend", None, "world", tags=lone) as run:  # of a time when only registered ones kept it
+        run.log_metrics({"score/public": 0.99})
+    assert [line.partition(":")[0] for line in picks.told("world")] == [
+        "1 blend with a public score could not be weighed"
+    ]
+    for place, sure in enumerate((0.6, 0.55, 0.5)):
+        blend(table, make_oof(table, truth, place, sure), tmp_path, {"score/public": 0.6 + place / 100})
+    blend(table, make_oof(table, truth, 9, 0.5), tmp_path, {"score/public": 0.62}, manifest_hash="other")
+    blend(table, make_oof(table, truth, 4, 0.1), tmp_path, {})  # newer, but those that a board has spoken of go first
+    said = picks.told("world")
+    assert "Two final submissions" in said[0]
+    assert said[1].startswith(f"Not the best public score (blend of {run.id[:8]}, public 0.9900): it could not be")
+    assert said[2].startswith("2 blends with a public score could not be weighed")
+    assert len(said) == 3
+
+
 def blend(table: Manifest, oof: Predictions, folder: Path, numbers: dict[str, float], **tags: str) -> None:
     """Leave in MLflow what a blend leaves."""
     tags = {"manifest_hash": table.hash, "method": "equal", "views": "none"} | tags
