@@ -98,6 +98,9 @@ def test_the_best_public_score_is_that_of_all_and_blends_that_cannot_be_weighed_
     assert said[1].startswith(f"Not the best public score (blend of {run.id[:8]}, public 0.9900): it could not be")
     assert said[2].startswith("2 blends with a public score could not be weighed")
     assert len(said) == 3
+    with tracking.run("blend", None, "world", tags=lone) as run:
+        run.log_params({"cfg.metric": "log_loss"})
+    assert picks.told("world") == picks.told("world", "log_loss") != said, "as everywhere else, the newest blend's"
 
 
 def blend(table: Manifest, oof: Predictions, folder: Path, numbers: dict[str, float], **tags: str) -> None:

@@ -27,7 +27,7 @@ def told(competition: str, metric: str = "") -> list[str]:
 
     Args:
         competition: name of the problem.
-        metric: of the board; empty = the newest candidate's.
+        metric: of the board; empty = the newest blend's, candidate or not.
     """
     file = ROOT / "data" / competition / "manifest.csv"
     if not file.exists():
@@ -44,15 +44,14 @@ def told(competition: str, metric: str = "") -> list[str]:
     test = test_set(table)
     if len(oofs) < 2 or not np.isfinite(public).any() or test is None:
         return lines
-    newest = oofs[-1][0]
-    wanted = metric or newest.settings.get("metric") or ("accuracy" if table.task == "classify" else "mse")
+    wanted = metric or blends[-1].settings.get("metric") or ("accuracy" if table.task == "classify" else "mse")
     try:
         judge = METRICS[adopt(wanted, table.task)]
     except UserError:  # the file of the user's own metric is gone
         return lines
     belief = finals.believe(
         [oof.values for _, oof in oofs], table.target, table.groups, judge, public, len(test.table),
-        float(newest.settings.get("public_share", 0.3)),
+        float(oofs[-1][0].settings.get("public_share", 0.3)),
     )  # fmt: skip
     if belief is None:
         return lines
