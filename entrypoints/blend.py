@@ -15,10 +15,12 @@ from octofold.config import run_main
 def run(config: Blend) -> dict[str, Any]:
     """Check the names, open the run, assemble."""
     from octofold.blend import assembly, blending
-    from octofold.errors import known
+    from octofold.errors import UserError, known
     from octofold.track import tracking
     from octofold.tta import VIEWS
 
+    if config.weights and "method" in config.model_fields_set:
+        raise UserError("--weights", expected="weights or --method", got="both", fix="leave one of them out")
     known("blend method", config.method, blending.METHODS)
     known("views", config.tta, [*VIEWS, "auto"])
     with tracking.run("blend", config, config.competition) as run:

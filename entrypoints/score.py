@@ -4,6 +4,7 @@
     python entrypoints/score.py --competition grocery15 --history past_submissions.csv
 
 The CSV has columns date,submission_file,public_score,private_score,category,notes. Without either, the report alone.
+The CSV may be the first that is known of a competition; without one, a name that has neither data nor runs is refused.
 """
 
 from typing import Any
@@ -23,6 +24,8 @@ def run(config: Score) -> dict[str, Any]:
     sign = boards.direction(competition, config.metric)
     if config.history is not None:
         scores.read_history(config.history)  # refused before a run is opened
+    if config.submission is None and boards.is_new(competition, config.history is not None):
+        log.warning("%s is a new competition here: neither data nor runs of that name were known", competition)
     with tracking.run("score", config, competition) as run:
         if config.submission is not None:
             boards.record(config.submission, config.public, config.private, config.notes)

@@ -66,6 +66,7 @@ sys.path.insert(0, "{entrypoints}")
 import blend, compare, explain, score
 from octofold import commands, config
 from octofold.errors import UserError
+from octofold.track import tracking
 
 def run(module, schema, **values):
     try:
@@ -77,6 +78,7 @@ B = dict(competition="tiny", register_model=False)
 other = run(blend, commands.Blend, **B, method="simplex", tta="auto", members=["b"])
 print(json.dumps({{
     "other": other,
+    "kept": sorted(tracking.list_artifacts(other["run_id"], "oof")),
     "mixed": run(blend, commands.Blend, **B, stage="staging"),
     "unknown": run(blend, commands.Blend, **B, members=["zed"]),
     "metric": run(blend, commands.Blend, **B, metric="mse"),
@@ -150,6 +152,7 @@ print(json.dumps([sorted(info.metrics), files, models, *said]))
 def test_auto_views_and_other_members(tour: dict[str, Any]) -> None:
     assert tour["other"]["views"] in ("none", "flip", "geo4", "geo8")
     assert list(tour["other"]["weights"]) == ["b"]
+    assert tour["kept"] == [f"oof/{tour['other']['views']}.parquet"], "registered or not, it may be one of the finals"
 
 
 def test_refusals_name_the_member_and_the_way_out(tour: dict[str, Any]) -> None:

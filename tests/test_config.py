@@ -1,5 +1,6 @@
 """Flags, recipes and their errors."""
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,11 @@ def test_help_imports_nothing_heavy() -> None:
     code = "import sys, octofold.commands, octofold.config; print(sorted({m.split('.')[0] for m in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not {name for name in ("torch", "mlflow", "pandas", "numpy", "timm", "sklearn") if f"'{name}'" in loaded}
+
+
+def test_weights_by_hand_beside_a_method_are_refused() -> None:
+    blend = runpy.run_path(str(REPOSITORY / "entrypoints" / "blend.py"))["run"]
+    flags = ["--competition", "x", "--weights", '{"a": 1.0}']
+    with pytest.raises(UserError, match="weights or --method"):
+        blend(config.load(commands.Blend, [*flags, "--method", "lr_mse"]))
+    assert "method" not in config.load(commands.Blend, [*flags, "--method", ""]).model_fields_set, "MLflow's default"

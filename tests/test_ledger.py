@@ -86,6 +86,37 @@ def test_differences_name_who_changed(tmp_path: Path) -> None:
     assert len(NAMES) == 3
 
 
+def test_nobody_is_named_whom_neither_blend_heard(tmp_path: Path) -> None:
+    gate = {"a": 0, "b": 1, "coef": [1.0, 0.0, 1.0], "intercept": 0.0, "margin": 0.5, "threshold": 0.5}
+
+    def book(
+        says: dict[str, list[int]], final: list[int], weights: list[float], rule: str = "linear", **params: Any
+    ) -> ledger.Ledger:
+        blend = Blend("lr_mse", rule, np.array(weights), params)
+        about = {"blend": blend.to_dict(), "weights": dict(zip(says, weights, strict=True))}
+        about |= {"classes": list(toy_set(tmp_path).classes)}
+        probs = {name: np.eye(3)[labels] for name, labels in says.items()}
+        first = next(iter(probs.values()))
+        return ledger.build(toy_set(tmp_path), np.eye(3)[final], probs, first[None], {1: first}, [], about)
+
+    old = {"a": [0, 0, 0], "idle": [0, 0, 0], "pair": [0, 0, 0]}
+    new = {"a": [0, 2, 0], "idle": [1, 1, 1], "pair": [1, 1, 0]}
+
+    def blame(**second: Any) -> list[str]:
+        one = book(old, [0, 0, 0], [1.0, 0.0, 0.0], voters=2, experts=[gate])
+        other = book(new, [1, 2, 0], [1.0, 0.0, 0.0], **({"voters": 2, "experts": [gate]} | second))
+        return ledger.differences(one, other)["who"].tolist()
+
+    # The gate is of the first two classes and asks all three members: the second row's change is not its work.
+    assert blame() == ["idle, pair", "a"]
+    assert blame(rule="vote", experts=[]) == ["idle, pair", "a, idle"], "votes count whatever the weight"
+    plain = [book(says, final, [1.0, 0.0, 0.0], voters=2) for says, final in ((old, [0, 0, 0]), (new, [1, 2, 0]))]
+    assert ledger.differences(*plain)["who"].tolist() == ["weights", "a"]
+    fewer = book({"a": [0, 0, 0]}, [0, 0, 0], [1.0])
+    assert ledger.differences(fewer, plain[1])["who"].tolist() == ["weights", "a"], "neither + says anything"
+    assert ledger.differences(plain[1], fewer)["who"].tolist() == ["weights", "a"]
+
+
 class Steady(torch.nn.Module):
     """Says the same of every image; of the last view something else."""
 

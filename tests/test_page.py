@@ -14,7 +14,7 @@ from octofold.blend.estimate import Gain
 from octofold.data.manifest import Manifest
 from octofold.metrics import METRICS
 from octofold.predictions import Predictions
-from octofold.reports import advice, axes, boards, chronicle, page, report
+from octofold.reports import advice, axes, boards, chronicle, mistakes, page, report
 from octofold.reports.scores import Score
 from octofold.track import tracking
 from test_report import Reader
@@ -248,12 +248,41 @@ def test_one_failed_blend_does_not_squeeze_the_others() -> None:
     assert scale.at(0.36) == 0.0
 
 
+def test_rows_without_a_point_do_not_make_members_err_alike(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"sample_id": [f"s{row}" for row in range(300)], "path": "x", "fold": np.arange(300) % 3})
+    table = table.assign(**{f"{point}_{axis}": rng.uniform(0, 90, 300) for point in ("nose", "tail") for axis in "xy"})
+    columns = [name for name in table if name[-2:] in ("_x", "_y")]
+    table.loc[::3, columns] = np.nan
+    points = Manifest(table, "keypoints", ("nose", "tail"), "world", tmp_path, file=tmp_path / "m.csv")
+    values = {name: np.nan_to_num(points.target, nan=50.0) + rng.normal(0, 5, (300, 2, 2)) for name in "ab"}
+    members = [a_member(points, name, own) for name, own in values.items()]
+    facts = page.Facts("world", points, "mse", METRICS["mse"], members, [], [], [], [], None, None, {}, "")
+    seen = np.isfinite(points.target).all(axis=(1, 2))
+    losses = [np.sqrt(((own - points.target)[seen] ** 2).mean(axis=(1, 2))) for own in values.values()]
+    found = page.correlation(facts)
+    assert found is not None
+    assert found["table"][0][1] == pytest.approx(np.corrcoef(losses)[0, 1], abs=1e-5)
+    assert abs(found["table"][0][1]) < 0.2
+    facts.manifest = dataclasses.replace(points, table=points.table.assign(**dict.fromkeys(columns, np.nan)))
+    assert page.correlation(facts) is None, "no row has a loss"
+
+
+def test_a_board_is_drawn_among_scores_of_its_own_metric_alone(tmp_path: Path) -> None:
+    losses = {"oof/log_loss": 0.5, "estimate/accuracy": 0.88, "score/public": 0.41}
+    facts = blended_twice(tmp_path, "accuracy", losses, {"metric": "log_loss"})
+    facts.blends.append(dataclasses.replace(facts.blends[0], run="s", tags={"metric": "accuracy"}, numbers=ACCURATE))
+    facts.blends.append(dataclasses.replace(facts.blends[1], run="t", numbers=ACCURATE | {"score/public": 0.93}))
+    shown = page.analyse(facts)
+    assert [value for _, value in shown["progress"]["points"]["recorded"]] == [0.93]
+
+
 def test_wilson_bars_and_confusions_add_up() -> None:
     rng = np.random.default_rng(0)
     probs = rng.dirichlet(np.ones(3), 200).astype(np.float32)
     target = rng.integers(0, 3, 200)
-    found = page.calibration(probs, target)
+    found = mistakes.calibration(probs, target)
     assert sum(row[4] for row in found["rows"]) == 200
     assert all(0 <= low <= share <= high <= 1 for _, share, low, high, _ in found["rows"])
-    wrong = page.confusions(probs, target, ("a", "b", "c"))
+    wrong = mistakes.confusions(probs, target, ("a", "b", "c"))
     assert wrong["errors"] == int((probs.argmax(axis=1) != target).sum()) == sum(count for *_, count in wrong["pairs"])

@@ -15,6 +15,7 @@ from octofold.commands import Report
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError
 from octofold.files import sha256_file, write_json, write_text
+from octofold.metrics import METRICS
 from octofold.predictions import Predictions
 from octofold.reports import advice, chronicle, page, report
 from octofold.track import registry, tracking, versions
@@ -72,9 +73,39 @@ def test_two_finals_are_chosen_once_the_public_board_has_spoken(
     assert "0.3000" in losses[0]
 
 
-def blend(table: Manifest, oof: Predictions, folder: Path, numbers: dict[str, float]) -> None:
+def test_the_best_public_score_is_that_of_all_and_blends_that_cannot_be_weighed_are_counted(
+    tmp_path: Path, mlruns: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from octofold.reports import picks
+
+    monkeypatch.setattr(picks, "ROOT", tmp_path)
+    monkeypatch.setattr(picks, "MOST", 3)
+    folder = tmp_path / "data" / "world"
+    table, truth = make_manifest(folder)
+    table.save(folder / "test.csv")
+    lone = {"manifest_hash": table.hash, "method": "lone", "views": "none"}
+    with tracking.run("blend", None, "world", tags=lone) as run:  # of a time when only registered ones kept it
+        run.log_metrics({"score/public": 0.99})
+    assert [line.partition(":")[0] for line in picks.told("world")] == [
+        "1 blend with a public score could not be weighed"
+    ]
+    for place, sure in enumerate((0.6, 0.55, 0.5)):
+        blend(table, make_oof(table, truth, place, sure), tmp_path, {"score/public": 0.6 + place / 100})
+    blend(table, make_oof(table, truth, 9, 0.5), tmp_path, {"score/public": 0.62}, manifest_hash="other")
+    blend(table, make_oof(table, truth, 4, 0.1), tmp_path, {})  # newer, but those that a board has spoken of go first
+    said = picks.told("world")
+    assert "Two final submissions" in said[0]
+    assert said[1].startswith(f"Not the best public score (blend of {run.id[:8]}, public 0.9900): it could not be")
+    assert said[2].startswith("2 blends with a public score could not be weighed")
+    assert len(said) == 3
+    with tracking.run("blend", None, "world", tags=lone) as run:
+        run.log_params({"cfg.metric": "log_loss"})
+    assert picks.told("world") == picks.told("world", "log_loss") != said, "as everywhere else, the newest blend's"
+
+
+def blend(table: Manifest, oof: Predictions, folder: Path, numbers: dict[str, float], **tags: str) -> None:
     """Leave in MLflow what a blend leaves."""
-    tags = {"manifest_hash": table.hash, "method": "equal", "views": "none"}
+    tags = {"manifest_hash": table.hash, "method": "equal", "views": "none"} | tags
     with tracking.run("blend", None, "world", tags=tags) as run:
         run.log_params({"cfg.public_share": 0.4})
         run.log_metrics({"oof/accuracy": 0.9, "oof/accuracy_low": 0.8, "oof/accuracy_high": 0.95, **numbers})
@@ -209,6 +240,46 @@ def test_what_was_trained_since_is_not_shown_as_what_stands_in_production(
     facts.within = {}
     shown = page.analyse(facts)["gains"]["rows"]
     assert not [over for name, over, _ in shown if name == "blend"], "without the versions there is nothing to compare"
+
+
+def test_scores_of_another_text_of_ones_own_metric_are_made_anew(
+    world: tuple[Manifest, dict[str, Predictions]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, oof = world
+    monkeypatch.delitem(METRICS, "hits", raising=False)  # and afterwards, what adopt puts there
+    own = tmp_path / "own.py"
+    own.write_text("def hits(values, target):\n    return float((values.argmax(1) == target).mean())\n")
+    told = {"oof/hits": 0.5, "oof/hits_low": 0.4, "oof/hits_high": 0.6, "estimate/hits": 0.5}
+    old, new = ({"metric": "hits", "metric.sha256": text} for text in ("of old", sha256_file(own)))
+    blend(table, oof["one"], tmp_path, told, method="rank", **old)
+    blend(table, oof["two"], tmp_path, told, method="stack", **new)
+    for place, name in enumerate(("one", "two")):
+        blend(table, oof[name], tmp_path, told, method="equal", **(old if place else new))
+    asked = config(table, tmp_path).model_copy(update={"metric": f"{own}:hits"})
+    facts = report.collect(asked)
+    assert facts.main is not None
+    scored = METRICS["hits"].score
+    shown = page.analyse(facts)
+    lines = {line.name: line for line in shown["lines"]}
+    anew = {"blend rank": scored(oof["one"].values, table.target), "blend stack": 0.5}
+    anew |= {"blend equal (newest)": scored(oof["two"].values, table.target)}
+    assert {name: line.score.value for name, line in lines.items() if line.score} == pytest.approx(anew)
+    assert shown["headline"]["oof"] == pytest.approx(anew["blend equal (newest)"])
+    assert not np.isfinite(shown["headline"]["estimate"]), "it was made with the old text"
+    assert [value for _, value in shown["progress"]["points"]["estimate"]] == [0.5, 0.5]
+    facts = report.collect(config(table, tmp_path).model_copy(update={"metric": "accuracy"}))
+    assert [line.score is None for line in page.analyse(facts)["lines"]] == [False] * 3
+
+
+def test_a_page_of_another_metric_leaves_out_estimates_in_the_boards(
+    world: tuple[Manifest, dict[str, Predictions]], tmp_path: Path
+) -> None:
+    table, oof = world
+    blend(table, oof["one"], tmp_path, {"score/public": 0.4, "estimate/log_loss": 0.5}, metric="log_loss")
+    asked = config(table, tmp_path)
+    assert report.collect(asked).recorded[0].estimate == 0.5
+    facts = report.collect(asked.model_copy(update={"metric": "accuracy"}))
+    assert [(score.public, np.isfinite(score.estimate)) for score in facts.recorded] == [(0.4, False)]
 
 
 def test_a_metric_of_the_other_task_and_a_missing_manifest_are_told(

@@ -1,15 +1,17 @@
 """What the boards said, read strictly and summed up plainly."""
 
+import runpy
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from conftest import REPOSITORY
 from octofold.blend import ledger
 from octofold.commands import Score
 from octofold.config import load
 from octofold.errors import UserError
-from octofold.reports import boards, scores
+from octofold.reports import boards, picks, scores
 from octofold.track import tracking
 from world import make_world
 
@@ -112,6 +114,25 @@ def test_flags_that_nothing_would_heed_are_refused(tmp_path: Path) -> None:
             boards.asked_for(config)
     with pytest.raises(UserError, match="competition"):
         load(Score, ["--competition", "it's"])
+
+
+def test_a_mistyped_competition_is_refused_and_a_history_may_be_the_first_of_one(
+    tmp_path: Path, mlruns: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for room in (boards, picks):
+        monkeypatch.setattr(room, "ROOT", tmp_path)
+    make_world(tmp_path / "data" / "photos", 9)
+    score = runpy.run_path(str(REPOSITORY / "entrypoints" / "score.py"))["run"]
+    with tracking.run("score", None, "fotos"):  # left by an earlier slip
+        pass
+    with pytest.raises(UserError, match=r"prepared here \(photos\)"):
+        score(Score(competition="fotos"))
+    assert len(tracking.find_runs("fotos")) == 1
+    assert score(Score(competition="photos"))["submissions"] == 0
+    past = history(tmp_path, HEAD + "2026-01-02,a.csv,0.9,0.8,blend,\n")
+    for asked in (Score(competition="elsewhere", history=past), Score(competition="elsewhere")):
+        assert score(asked)["submissions"] == 1
+    assert caplog.text.count("elsewhere is a new competition here") == 1
 
 
 def test_a_history_read_again_is_brought_up_to_date(tmp_path: Path, mlruns: Path) -> None:

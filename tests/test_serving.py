@@ -14,7 +14,8 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -227,10 +228,28 @@ def test_what_one_row_or_group_says_takes_no_production(
     assert "1 of the same groups, and 10 are needed" in found[1].reason
 
 
-def answer(address: str, cells: list[list[str]]) -> tuple[int, Any]:
+def test_a_cell_may_be_base64_but_never_a_path(whole: Path, tmp_path: Path) -> None:
+    from mlflow.exceptions import MlflowException
+
+    from octofold.infer.served import Served
+
+    model = Served()
+    model.load_context(cast(Any, SimpleNamespace(artifacts={"model": whole})))
+    path = photos(tmp_path / "in", 1)[0]
+    raw = path.read_bytes()
+    text = base64.encodebytes(raw)  # with line breaks
+    said = model.predict(None, pd.DataFrame({"image": [raw, bytearray(raw), text, text.decode()]}))
+    np.testing.assert_array_equal(said.to_numpy(), np.broadcast_to(said.to_numpy()[0], said.shape))
+    noise = base64.b64encode(b"no image at all").decode()
+    for bad in (str(path), str(path).encode(), base64.b64encode(str(path).encode()), noise, raw[:-9], "é", "", 5, None):
+        with pytest.raises(MlflowException, match="image 1"):
+            model.predict(None, pd.DataFrame({"image": [raw, bad]}))
+
+
+def answer(address: str, body: Any, kind: str = "application/json") -> tuple[int, Any]:
     """Post images to a served model; return the status and the body."""
-    body = json.dumps({"dataframe_split": {"columns": ["image"], "data": cells}}).encode()
-    request = urllib.request.Request(f"{address}/invocations", body, {"Content-Type": "application/json"})
+    body = json.dumps(body) if kind == "application/json" else body
+    request = urllib.request.Request(f"{address}/invocations", body.encode(), {"Content-Type": kind})
     try:
         with urllib.request.urlopen(request, timeout=120) as reply:
             return reply.status, json.loads(reply.read())
@@ -289,16 +308,29 @@ def test_real_photos_over_http(whole: Path, tmp_path: Path, request: pytest.Fixt
     batches = list(inference.stream(ensemble.load(whole), items, How("geo4", 3)))
     expected = np.concatenate([batch.values for batch in batches])
     address = request.getfixturevalue("served")
-    cells = [[base64.b64encode(item.path.read_bytes()).decode()] for item in items]
-    status, found = answer(address, cells)
-    assert status == 200, found
-    table = pd.DataFrame(found["predictions"])
-    assert tuple(table.columns) == CLASSES
-    np.testing.assert_allclose(table.to_numpy(), expected, atol=1e-5)
+    cells = [base64.b64encode(item.path.read_bytes()).decode() for item in items]
+
+    def split(*images: str) -> dict[str, Any]:
+        return {"dataframe_split": {"columns": ["image"], "data": [[image] for image in images]}}
+
+    table = "\n".join(["image", *cells])
+    for body, kind in (
+        (split(*cells), "application/json"),
+        ({"dataframe_records": [{"image": cell} for cell in cells]}, "application/json"),
+        ({"instances": [{"image": cell} for cell in cells]}, "application/json"),
+        ({"inputs": {"image": cells}}, "application/json"),
+        (table, "text/csv"),
+    ):
+        status, found = answer(address, body, kind)
+        assert status == 200, found
+        said = pd.DataFrame(found["predictions"])
+        assert tuple(said.columns) == CLASSES
+        np.testing.assert_allclose(said.to_numpy(), expected, atol=1e-5)
     for bad in (base64.b64encode(b"no image").decode(), "/etc/passwd", "L2V0Yy9wYXNzd2Q="):
-        status, text = answer(address, [cells[0], [bad]])
-        assert status == 400, text  # the second is no base64 of an image, the third a path in base64
-        assert "root:" not in str(text)
+        for body in (split(cells[0], bad), {"instances": [{"image": cells[0]}, {"image": bad}]}):
+            status, text = answer(address, body)
+            assert status == 400, text  # the second is no base64 of an image, the third a path in base64
+            assert "root:" not in str(text)
 
 
 def test_models_are_looked_up_in_our_store_without_anything_else_asked_before(mlruns: Path, tmp_path: Path) -> None:

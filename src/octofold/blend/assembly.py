@@ -24,6 +24,7 @@ from octofold.files import ROOT, write_text
 from octofold.infer import serving
 from octofold.infer.passes import nested
 from octofold.metrics import METRICS, Metric, adopt, fingerprint
+from octofold.predictions import Predictions
 from octofold.track import tracking
 from octofold.track.provenance import git_tags
 
@@ -65,8 +66,9 @@ def blend(config: Blend, run: tracking.Run) -> dict[str, Any]:
     _record(run, members, judged, numbers, [path for path in result.values() if isinstance(path, Path)])
     of = "test" if expected is not None and expected.is_known else "oof"  # what `estimate/…` speaks of
     run.set_tags({"metric": name, "metric.sign": metric.sign, "estimate.of": of} | fingerprint(config.metric))
+    oof = _keep_oof(run, members, judged)
     if config.register_model:
-        result |= _register(config, run, members, judged, metric, numbers)
+        result |= _register(config, run, members, judged, metric, numbers, oof)
     for line in lines:
         log.info("%s", line)
     weights = dict(zip(members.names, np.round(judged.blend.weights, 4).tolist(), strict=True))
@@ -146,6 +148,7 @@ def _about(
     return {
         "run_id": run.id,
         "competition": config.competition,
+        "classes": list(members.rows.classes),
         "stage": config.stage,
         "method": judged.blend.method,
         "views": members.views,
@@ -213,14 +216,27 @@ def _record(run: tracking.Run, members: Lineup, judged: Verdict, numbers: dict[s
         run.log_artifact(file)
 
 
+def _keep_oof(run: tracking.Run, members: Lineup, judged: Verdict) -> Predictions:
+    """The cross-fitted predictions, as an artifact of the run: what the finals are chosen by, registered or not."""
+    oof = lineup.signed_oof(members, judged.cross.values)
+    with tempfile.TemporaryDirectory() as scratch:
+        run.log_artifact(oof.save(Path(scratch) / f"{members.views}.parquet"), "oof")
+    return oof
+
+
 def _register(
-    config: Blend, run: tracking.Run, members: Lineup, judged: Verdict, metric: Metric, numbers: dict[str, float]
+    config: Blend,
+    run: tracking.Run,
+    members: Lineup,
+    judged: Verdict,
+    metric: Metric,
+    numbers: dict[str, float],
+    oof: Predictions,
 ) -> dict[str, Any]:
     """Pack the blend as one model, register it, and let it take its stage if it has earned that.
 
     Members of no weight stay out of the model where the rule is a plain average.
     """
-    oof = lineup.signed_oof(members, judged.cross.values)
     shares = lineup.shares(members, config.bag, judged.blend.params.get("per_fold"))
     fitted, kept = judged.blend, np.arange(len(members.names))
     if fitted.is_mean:
@@ -228,7 +244,6 @@ def _register(
         fitted = replace(fitted, weights=fitted.weights[kept], params={})
     names = [members.names[place] for place in kept]
     with tempfile.TemporaryDirectory() as scratch:
-        run.log_artifact(oof.save(Path(scratch) / f"{members.views}.parquet"), "oof")
         whole = serving.write_blend(
             Path(scratch) / "blend",
             f"{config.competition}.blend",

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pandas as pd
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError, preview
 from octofold.files import atomic, existing
+from octofold.infer.combining import Blend
 
 Array = npt.NDArray[Any]
 NAME = "ledger.parquet"
@@ -27,8 +28,8 @@ class Ledger:
             vote.<member>, p.<member>``, for points ``off_px.<member>`` (mean distance of its points from the
             blend's); then ``disagreement`` (share of the voters' fold models that put another class first, or their
             mean distance in px), ``views_spread``, ``nearest`` (JSON of training ``[path, similarity]``).
-        about: run id, competition, models (name, version, run, sha256), weights, method, views, manifest hash, git
-            commit, estimate.
+        about: run id, competition, classes, models (name, version, run, sha256), weights, method, views, manifest
+            hash, git commit, estimate.
     """
 
     rows: pd.DataFrame
@@ -176,7 +177,7 @@ def differences(one: Ledger, other: Ledger) -> pd.DataFrame:
 
     Returns:
         ``names, from, to, p_from, p_to, who``: the members whose own vote changed, or ``weights`` where none did; new
-        and missing members are told with ``+`` and ``-``.
+        and missing members are told with ``+`` and ``-``. A member that neither blend heard on the row is not named.
 
     Raises:
         UserError: submissions of other test images, or of points.
@@ -194,9 +195,13 @@ def differences(one: Ledger, other: Ledger) -> pd.DataFrame:
     lines = []
     for sample_id in changed:
         a, b = mine.loc[sample_id], theirs.loc[sample_id]
-        who = [name for name in shared if a[f"vote.{name}"] != b[f"vote.{name}"]]
-        who += [f"+{name}" for name in votes[1] if name not in shared and b[f"vote.{name}"] == b["label"]]
-        who += [f"-{name}" for name in votes[0] if name not in shared and a[f"vote.{name}"] == a["label"]]
+        heard = [
+            [name for name in names if _is_heard(book.about, name, {a["label"], b["label"]})]
+            for book, names in zip((one, other), votes, strict=True)
+        ]
+        who = [name for name in shared if a[f"vote.{name}"] != b[f"vote.{name}"] and name in heard[0] + heard[1]]
+        who += [f"+{name}" for name in heard[1] if name not in shared and b[f"vote.{name}"] == b["label"]]
+        who += [f"-{name}" for name in heard[0] if name not in shared and a[f"vote.{name}"] == a["label"]]
         lines.append(
             {
                 "names": ", ".join(json.loads(a["names"])),
@@ -208,3 +213,21 @@ def differences(one: Ledger, other: Ledger) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(lines, columns=["names", "from", "to", "p_from", "p_to", "who"])
+
+
+def _is_heard(about: Mapping[str, Any], name: str, labels: set[str]) -> bool:
+    """Whether a member can have moved a row between these two classes: in the rule, or in a gate of this pair.
+
+    A ledger from before `about` named the classes does not say whose gates these are: they may be of any pair.
+    """
+    if "blend" not in about:
+        return True
+    blend, place = Blend.from_dict(about["blend"]), list(about["weights"]).index(name)
+    is_voter = place < blend.params.get("voters", len(blend.weights))
+    if is_voter and (blend.weights[place] > 0 or not replace(blend, params={}).is_mean):
+        return True
+    classes = about.get("classes")
+    return any(
+        place < len(gate["coef"]) and (classes is None or {classes[gate["a"]], classes[gate["b"]]} == labels)
+        for gate in blend.params.get("experts", ())
+    )

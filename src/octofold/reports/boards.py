@@ -38,6 +38,33 @@ def asked_for(config: commands.Score) -> str:
     return told
 
 
+def is_new(competition: str, has_history: bool = False) -> bool:
+    """Whether nothing is known yet of a competition; scores made elsewhere may be the first of it, nothing may not.
+
+    Args:
+        competition: name of the problem.
+        has_history: past submissions are about to be recorded.
+
+    Raises:
+        UserError: neither data, runs nor a history are there: the name is mistyped, most likely.
+    """
+    data = ROOT / "data"
+    # A report of nothing is a run too, and makes no competition.
+    if (data / competition).is_dir() or any(
+        info.tags.get("entry") != "score" for info in tracking.find_runs(competition)
+    ):
+        return False
+    if not has_history:
+        there = sorted(file.parent.name for file in data.glob("*/manifest.csv"))
+        raise UserError(
+            f"competition '{competition}'",
+            expected=f"one that was prepared here ({preview(there) or 'none was yet'}), or that has runs",
+            got="neither data nor runs of that name",
+            fix="mend the name; --history makes a competition of scores alone",
+        )
+    return True
+
+
 def record(submission: Path | str, public: float | None, private: float | None, notes: str = "") -> Score:
     """Write what the boards said on the run that made a submission.
 

@@ -4,6 +4,7 @@ import ast
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from octofold.blend.estimate import Gain
+from octofold.blend.estimate import Gain, Interval
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError
 from octofold.predictions import Predictions, average, concatenate
@@ -76,10 +77,23 @@ class Blended:
         """The first of these metrics that the run has, or NaN."""
         return next((self.numbers[name] for name in names if name in self.numbers), float("nan"))
 
-    def expected(self, metric: str) -> dict[str, float]:
-        """What the blend expected of the test images in a metric; no interval where it was judged by another."""
-        if self.tags.get("estimate.of") == "oof":  # it only said again how it did on the training images
-            return dict.fromkeys(("estimate", "estimate/low", "estimate/high", "folds_flatter"), float("nan"))
+    def is_judged_by(self, sha256: str) -> bool:
+        """Whether its numbers are of this text of the user's own metric; of one of ours (no sha256) they always are."""
+        return not sha256 or self.tags.get("metric.sha256") == sha256
+
+    def cross_fitted(self, metric: str, sha256: str = "") -> Interval:
+        """Its score of the training rows as logged; NaN in another metric, or another text of the user's own."""
+        if not self.is_judged_by(sha256):
+            return Interval(math.nan, math.nan, math.nan)
+        return Interval(*(self.number(f"oof/{metric}{end}") for end in ("", "_low", "_high")))
+
+    def expected(self, metric: str, sha256: str = "") -> dict[str, float]:
+        """What the blend expected of the test images in a metric; no interval where it was judged by another.
+
+        NaN where it only said again how it did on the training images, or used another text of the user's own metric.
+        """
+        if self.tags.get("estimate.of") == "oof" or not self.is_judged_by(sha256):
+            return dict.fromkeys(("estimate", "estimate/low", "estimate/high", "folds_flatter"), math.nan)
         ends = ("estimate/low", "estimate/high") if self.tags.get("metric", metric) == metric else ("", "")
         low, high = (self.number(end) for end in ends)
         return {

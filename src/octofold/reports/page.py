@@ -14,9 +14,10 @@ from octofold.blend import estimate, shakeup
 from octofold.blend.blending import METHODS
 from octofold.blend.estimate import Gain, Interval
 from octofold.data.manifest import Manifest
-from octofold.metrics import Metric, calibration_error, confusion
+from octofold.metrics import Metric
 from octofold.reports import axes
 from octofold.reports.chronicle import Blended, Member, Probed, Tuned, experiments
+from octofold.reports.mistakes import calibration, confusions
 from octofold.reports.scores import Score, rank_correlation
 from octofold.track.provenance import git_tags
 
@@ -25,7 +26,7 @@ REPS = 1000
 BLEND = "newest blend"
 """Its name among the members; none of them can hold a space."""
 MOST = 40
-"""Rows of any list, and classes of the confusion table; the rest is counted."""
+"""Rows of any list; the rest is counted."""
 
 
 @dataclass
@@ -62,6 +63,8 @@ class Facts:
     text: str
     within: dict[str, Array] = field(default_factory=dict)
     """OOF of the versions that `main` blended, pair experts aside; empty where it cannot be had."""
+    others: dict[str, Array] = field(default_factory=dict)
+    """Cross-fitted predictions, by run, of the other `unscored` blends."""
 
     @property
     def known(self) -> list[Member]:
@@ -74,9 +77,15 @@ def analyse(facts: Facts, seed: int = 0) -> dict[str, Any]:
     candidates, target = _candidates(facts), facts.manifest.target
     names, values = list(candidates), list(candidates.values())
     groups = facts.manifest.groups
-    draws = estimate.bootstrap(values, target, groups, facts.metric, REPS, seed) if values else np.empty((0, 0))
-    scores = [facts.metric.score(each, target) for each in values]
-    table = {name: (scores[place], draws[place]) for place, name in enumerate(names)}
+    scored = candidates | {_other(run): oof for run, oof in facts.others.items()}
+    draws = (
+        estimate.bootstrap(list(scored.values()), target, groups, facts.metric, REPS, seed)
+        if scored
+        else np.empty((0, 0))
+    )
+    table = {
+        name: (facts.metric.score(each, target), draws[place]) for place, (name, each) in enumerate(scored.items())
+    }
     lines = leaderboard(facts, table)
     best = values[0] if values else None
     page: dict[str, Any] = {
@@ -127,7 +136,8 @@ def headline(facts: Facts, table: dict[str, tuple[float, Array]]) -> dict[str, A
     found: dict[str, Any] = {"members": float(len(facts.members)), "samples": float(len(facts.manifest.table))}
     if main is not None:
         score = cross_fitted(facts, main, table)
-        found |= main.expected(facts.metric_name) | dict(zip(("oof", "oof/low", "oof/high"), score, strict=True))
+        found |= main.expected(facts.metric_name, facts.metric.sha256)
+        found |= dict(zip(("oof", "oof/low", "oof/high"), score, strict=True))
     elif table:
         found["oof"] = max((score for score, _ in table.values()), key=lambda score: facts.metric.sign * score)
     return found
@@ -135,20 +145,35 @@ def headline(facts: Facts, table: dict[str, tuple[float, Array]]) -> dict[str, A
 
 def cross_fitted(facts: Facts, blended: Blended, table: dict[str, tuple[float, Array]]) -> Interval:
     """A blend's score of the training rows in the page's metric: as it was logged, else from its predictions."""
-    name = facts.metric_name
-    logged = Interval(*(blended.number(f"oof/{name}{end}") for end in ("", "_low", "_high")))
-    if math.isfinite(logged.value) or blended is not facts.main or BLEND not in table:
-        return logged
-    return estimate.interval(*table[BLEND]).within(facts.metric)
+    logged = blended.cross_fitted(facts.metric_name, facts.metric.sha256)
+    own = BLEND if blended is facts.main else _other(blended.run)
+    return logged if math.isfinite(logged.value) or own not in table else _interval(facts, table[own])
+
+
+def _interval(facts: Facts, scored: tuple[float, Array]) -> Interval:
+    return estimate.interval(*scored).within(facts.metric)
+
+
+def _other(run: str) -> str:
+    """What a blend that is not the newest goes by beside the members; none of their names holds a space."""
+    return f"blend {run}"
+
+
+def unscored(blends: Sequence[Blended], name: str, metric: Metric) -> list[Blended]:
+    """The blends of the leaderboard whose run has no score of this metric: their predictions have to be scored."""
+    return [one for one in _newest(blends) if not math.isfinite(one.cross_fitted(name, metric.sha256).value)]
+
+
+def _newest(blends: Sequence[Blended]) -> list[Blended]:
+    """The newest of each kind."""
+    return list({_kind(blended): blended for blended in blends}.values())
 
 
 def leaderboard(facts: Facts, table: dict[str, tuple[float, Array]]) -> list[Line]:
     """Blends and members, best first; those without comparable OOF at the end, with the reason."""
     lines = []
-    name = facts.metric_name
     alike = Counter(map(_kind, facts.blends))
-    newest = {_kind(blended): blended for blended in facts.blends}
-    for blended in newest.values():
+    for blended in _newest(facts.blends):
         mine = cross_fitted(facts, blended, table)
         same = blended.manifest_hash == facts.manifest.hash
         lines.append(
@@ -160,11 +185,11 @@ def leaderboard(facts: Facts, table: dict[str, tuple[float, Array]]) -> list[Lin
                 + (f", newest of {alike[_kind(blended)]} runs" if alike[_kind(blended)] > 1 else ""),
                 when=blended.when,
                 note="" if same else "another data version",
-                extra=blended.expected(name),
+                extra=blended.expected(facts.metric_name, facts.metric.sha256),
             )
         )
     for member in facts.members:
-        score = estimate.interval(*table[member.name]).within(facts.metric) if member.name in table else None
+        score = _interval(facts, table[member.name]) if member.name in table else None
         folds, seeds = {slot.fold for slot in member.slots}, {slot.seed for slot in member.slots}
         lines.append(
             Line(
@@ -212,11 +237,12 @@ def progress(facts: Facts, table: dict[str, tuple[float, Array]]) -> dict[str, A
         score = cross_fitted(facts, blended, table).value
         if blended.manifest_hash == facts.manifest.hash and math.isfinite(score):
             points["blend"].append((blended.when, score))
-        value, low, high, _ = blended.expected(name).values()
+        value, low, high, _ = blended.expected(name, facts.metric.sha256).values()
         if math.isfinite(value):
             points["estimate"].append((blended.when, value))
             whiskers += [(blended.when, low, high)] if math.isfinite(low) else []
-        for key in ("score/public", "score/private"):
+        # What a board counts nobody says; a blend is judged by it, as far as one knows.
+        for key in ("score/public", "score/private") if blended.tags.get("metric", name) == name else ():
             if math.isfinite(blended.number(key)):
                 points["recorded"].append((blended.when, blended.number(key)))
     times = [when for series in points.values() for when, _ in series]
@@ -281,15 +307,19 @@ def correlation(facts: Facts) -> dict[str, Any] | None:
     values = [member.oof.values for member in facts.known if member.oof is not None]
     if len(values) < 2:
         return None
-    target = facts.manifest.target
-    rows = []
+    target, rows = facts.manifest.target, []
+    is_visible = np.isfinite(target).reshape(len(target), -1).any(axis=1)  # without a point there is no loss
     for each in values[:MOST]:
         if facts.manifest.task == "classify":
             rows.append(-np.log(each[np.arange(len(target)), target].clip(1e-7)))
         else:
-            rows.append(np.sqrt(np.nanmean((each - target) ** 2, axis=(1, 2))))
+            squares = ((each - target) ** 2).reshape(len(target), -1)
+            rows.append(np.sqrt(np.nanmean(squares[is_visible], axis=1)))
+    losses = np.array(rows)
+    if losses.shape[1] < 2:
+        return None
     with np.errstate(invalid="ignore"):  # the same loss on every row correlates with nothing
-        table = np.corrcoef(np.nan_to_num(np.array(rows)))
+        table = np.corrcoef(losses)
     wrong = None
     if facts.manifest.task == "classify":
         missed = np.array([each.argmax(axis=1) != target for each in values[:MOST]])
@@ -328,43 +358,6 @@ def _public_board(facts: Facts, names: Sequence[str], values: Sequence[Array], s
         "gap_axis": axes.fit(edges.tolist(), include=[0.0]),
         "flips": [(name, worlds.flips(0, place)) for place, name in enumerate(worlds.names) if place],
         "regret": worlds.regret,
-    }
-
-
-def calibration(probs: Array, target: Array, bins: int = 10) -> dict[str, Any]:
-    """Confidence against accuracy in bins of equal width, with 95 % binomial intervals (Wilson 1927)."""
-    confidence, right = probs.max(axis=1), probs.argmax(axis=1) == target
-    place = np.minimum((confidence * bins).astype(int), bins - 1)
-    rows = []
-    for number in np.unique(place):
-        mine = place == number
-        count, share = int(mine.sum()), float(right[mine].mean())
-        middle = (share + 1.92 / count) / (1 + 3.84 / count)
-        half = 1.96 / (1 + 3.84 / count) * math.sqrt(share * (1 - share) / count + 0.96 / count**2)
-        rows.append((float(confidence[mine].mean()), share, max(0.0, middle - half), min(1.0, middle + half), count))
-    gap = float(confidence.mean() - right.mean())
-    return {"rows": rows, "ece": calibration_error(probs, target), "gap": gap, "axis": axes.fit([0.0, 1.0])}
-
-
-def confusions(probs: Array, target: Array, classes: Sequence[str]) -> dict[str, Any]:
-    """The table of truth against prediction, and its largest wrong cells."""
-    table = confusion(probs.argmax(axis=1), target, len(classes))
-    wrong = table * (1 - np.eye(len(classes), dtype=table.dtype))
-    total = int(wrong.sum())
-    order = np.argsort(-wrong, axis=None)[: min(8, int((wrong > 0).sum()))]
-    pairs = [(classes[flat // len(classes)], classes[flat % len(classes)], int(wrong.flat[flat])) for flat in order]
-    both = wrong + wrong.T
-    top = divmod(int(np.triu(both).argmax()), len(classes))
-    share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
-    sure = (probs.max(axis=1) > 0.9) & (probs.argmax(axis=1) != target)
-    return {
-        "classes": list(classes),
-        "table": table.tolist() if len(classes) <= MOST else None,
-        "share": share.tolist(),
-        "pairs": pairs,
-        "errors": total,
-        "top": (classes[top[0]], classes[top[1]], float(both[top] / max(1, total))),
-        "sure": int(sure.sum()),
     }
 
 

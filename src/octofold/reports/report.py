@@ -16,7 +16,7 @@ from octofold.errors import UserError
 from octofold.files import ROOT, write_text
 from octofold.metrics import METRICS, adopt
 from octofold.reports import advice, boards, chronicle
-from octofold.reports.page import Facts, analyse
+from octofold.reports.page import Facts, analyse, unscored
 from octofold.track import tracking
 
 
@@ -76,6 +76,11 @@ def collect(config: Report) -> Facts:
     oof = chronicle.blend_oof(main, table) if main else None
     members = chronicle.members(config.competition, table, views)
     within = chronicle.blended_members(main, table, members) if main else {}
+    others = {
+        blended.run: found.values
+        for blended in unscored(blends, name, METRICS[name])
+        if blended is not main and (found := chronicle.blend_oof(blended, table)) is not None
+    }
     return Facts(
         competition=config.competition,
         manifest=table,
@@ -85,10 +90,11 @@ def collect(config: Report) -> Facts:
         blends=blends,
         tuned=chronicle.studies(config.competition),
         probed=chronicle.probes(config.competition),
-        recorded=boards.recorded(config.competition),
+        recorded=boards.recorded(config.competition, config.metric),
         main=main,
         blend_oof=oof.values if oof is not None else None,
         weights=chronicle.blend_weights(main) if main else {},
         text=chronicle.blend_text(main, "report.txt") if main else "",
         within={name: own.values for name, own in within.items()},
+        others=others,
     )
