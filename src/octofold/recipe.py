@@ -226,6 +226,8 @@ class Recipe(Section):
         for kind in ("mixup", "cutmix"):
             if getattr(self.augment, f"{kind}_alpha") and not getattr(self.augment, f"{kind}_prob"):
                 found.append(f"augment.{kind}_alpha mixes nothing while augment.{kind}_prob is 0")
+        if self.optim.sam_adaptive and not self.optim.sam_rho:
+            found.append("optim.sam_adaptive does nothing while optim.sam_rho is 0")
         for phase in self.phases:
             if phase.replicas and (why := self._in_vain(phase)):
                 found.append(f"phase '{phase.name}': replicas {phase.replicas} are not used {why}")
