@@ -294,9 +294,41 @@ def test_a_second_source_inherits_nothing_of_the_first(tmp_path: Path) -> None:
                 layout.add(part, picture(seed, "BMP"), {"label": letter})
         layout.close(["a", "b"] if tests else None)
     left = {path.relative_to(tmp_path / "raw").as_posix() for path in (tmp_path / "raw").rglob("*.*")}
-    assert left == {"train.csv", "train/0000000.bmp", "train/0000001.bmp"}
+    assert left == {hub.MARK, "train.csv", "train/0000000.bmp", "train/0000001.bmp"}
     found = importing.lay_out(tmp_path / "raw", tmp_path / "raw", flags(tmp_path, source="x", images=None))
     assert (found.test_images, found.sample_submission, found.classes) == (None, None, None)
+
+
+@pytest.mark.parametrize("mine", ["train/photo.png", "train/0000000.png", "train.csv", "notes.txt"])
+def test_an_import_never_takes_the_place_of_the_users_files(tmp_path: Path, mine: str) -> None:
+    (tmp_path / "raw" / mine).parent.mkdir(parents=True)
+    (tmp_path / "raw" / mine).write_bytes(b"mine")
+    with pytest.raises(UserError, match="empty folder to import into"):
+        hub.Layout(tmp_path / "raw")
+    assert [path.name for path in (tmp_path / "raw").rglob("*") if path.is_file()] == [Path(mine).name]
+
+
+def test_a_repeated_import_leaves_images_that_are_not_its_own(tmp_path: Path) -> None:
+    for count in (3, 2):
+        layout = hub.Layout(tmp_path / "raw")
+        for seed in range(count):
+            layout.add("train", picture(seed), {"label": "a"})
+        (tmp_path / "raw" / "train" / "mine.png").write_bytes(b"mine")
+        layout.close(None)
+    left = sorted(path.name for path in (tmp_path / "raw" / "train").iterdir())
+    assert left == ["0000000.png", "0000001.png", "mine.png"]
+
+
+@pytest.mark.parametrize("mine", ["images/train/photo.png", "images/test/photo.png", "train.csv"])
+def test_the_digits_never_take_the_place_of_the_users_files(tmp_path: Path, mine: str) -> None:
+    config = flags(tmp_path, builtin="digits")
+    (tmp_path / "out" / mine).parent.mkdir(parents=True)
+    (tmp_path / "out" / mine).write_bytes(b"mine")
+    with pytest.raises(UserError, match=mine):
+        importing.fetch(config)
+    assert (tmp_path / "out" / mine).read_bytes() == b"mine"
+    (tmp_path / "out" / mine).unlink()
+    assert importing.fetch(config) == importing.fetch(config)
 
 
 def test_hugging_face_rows_without_a_label(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from octofold.config import log
 from octofold.data.folders import COMPANIONS, SUFFIXES
-from octofold.errors import UserError
+from octofold.errors import UserError, preview
 from octofold.files import write_json
 
 TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet", ".arrow")
@@ -59,10 +59,8 @@ def unpack(archive: Path, folder: Path) -> Path:
     mark = folder / MARK
     if mark.exists() and mark.read_text() == _text(facts):
         return folder
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(
-            folder, expected="an empty folder to unpack into", got="other files", fix="remove it, or another --out"
-        )
+    if folder.exists():
+        refuse_others(folder, [path.name for path in folder.iterdir()], "an empty folder to unpack into")
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -77,6 +75,22 @@ def unpack(archive: Path, folder: Path) -> Path:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
+
+
+def refuse_others(folder: Path, names: list[str], expected: str) -> None:
+    """Refuse to write where files lie that are not ours.
+
+    Args:
+        folder: where we would write.
+        names: what is there and is not ours.
+        expected: what would have been right.
+
+    Raises:
+        UserError: there are some.
+    """
+    if names:
+        got = f"other files: {preview(sorted(names))}"
+        raise UserError(folder, expected=expected, got=got, fix="move them away, or another --out")
 
 
 def _text(facts: dict[str, object]) -> str:

@@ -44,19 +44,32 @@ TORCHVISION: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "Caltech101": ({}, None),
 }
 """Data sets by name, with the arguments of their training and test parts."""
-_TABLES = ("train.csv", "test_truth.csv", "sample_submission.csv", "classes.json", archives.MARK)
+MARK = ".imported.json"
+_TABLES = ("train.csv", "test_truth.csv", "sample_submission.csv", "classes.json")
+_NUMBERED = re.compile(r"[0-9]{7}\.[a-z]+")  # what `Layout` calls its images
 
 
 @dataclass
 class Layout:
-    """Rows written so far, per part (train, test), and how many of train were left out for want of a label."""
+    """Rows written so far, per part (train, test), and how many of train were left out for want of a label.
+
+    Raises:
+        UserError: the folder holds files that no import has put there (a ``download/`` of torchvision's may lie in it).
+    """
 
     folder: Path
     unlabelled: int = 0
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"train": [], "test": []})
 
+    def __post_init__(self) -> None:
+        if self.folder.exists() and not (self.folder / MARK).exists():
+            others = [path.name for path in self.folder.iterdir() if path.name != "download"]
+            archives.refuse_others(self.folder, others, "an empty folder to import into")
+
     def add(self, part: str, data: bytes, row: dict[str, Any]) -> None:
         """Keep an image's bytes and its row."""
+        if not any(self.rows.values()):  # before the first file of ours: an import cut off can be begun again
+            write_json(self.folder / MARK, {"written by": "prepare --source; another import overwrites it"})
         name = f"{len(self.rows[part]):07d}{_suffix(data)}"
         path = self.folder / part / name
         if not path.exists() or path.stat().st_size != len(data) or path.read_bytes() != data:
@@ -85,7 +98,7 @@ class Layout:
         for part, rows in self.rows.items():
             ours = {row["image"] for row in rows}
             for path in (self.folder / part).glob("*"):
-                if path.is_file() and path.name not in ours:
+                if path.is_file() and path.name not in ours and _NUMBERED.fullmatch(path.name):
                     path.unlink()
         for name, table in tables.items():
             with atomic(self.folder / name) as temporary:
@@ -120,10 +133,10 @@ def hugging_face(name: str, folder: Path) -> Path:
     Raises:
         UserError: no such data set, no network, or no image column.
     """
+    layout, names = Layout(folder), None
     source = Path(name).expanduser()
     if not is_hugging_face(source):
         source = _download(name)
-    layout, names = Layout(folder), None
     for path in _tables(source):
         part = _part(path, source)
         if part:

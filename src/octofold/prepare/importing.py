@@ -168,6 +168,9 @@ def digits(config: Prepare) -> Prepare:
 
     Returns:
         The flags, with the paths filled in.
+
+    Raises:
+        UserError: where these go lie other files.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -176,16 +179,18 @@ def digits(config: Prepare) -> Prepare:
     rows = np.arange(len(data.target))
     train, test = train_test_split(rows, test_size=HELD_OUT, random_state=0, stratify=data.target)
     folder = (config.out or ROOT / "data" / config.competition).absolute()
-    for part, chosen in (("train", np.sort(train)), ("test", np.sort(test))):
-        names = [f"{part}_{row:04d}.png" for row in chosen]
-        if not all((folder / "images" / part / name).exists() for name in names):
-            _write_digits(folder / "images" / part, names, data.images[chosen])
-        table = pd.DataFrame({"image": names, "label": data.target[chosen]})
-        with atomic(folder / ("train.csv" if part == "train" else "test_truth.csv")) as temporary:
+    parts = {"train": np.sort(train), "test": np.sort(test)}
+    names = {part: [f"{part}_{row:04d}.png" for row in chosen] for part, chosen in parts.items()}
+    tables = {part: pd.DataFrame({"image": names[part], "label": data.target[parts[part]]}) for part in parts}
+    texts = {"train.csv": tables["train"], "test_truth.csv": tables["test"]}
+    texts["sample_submission.csv"] = tables["test"].assign(label=0)
+    _refuse_others(folder, names, texts)
+    for part, chosen in parts.items():
+        if not all((folder / "images" / part / name).exists() for name in names[part]):
+            _write_digits(folder / "images" / part, names[part], data.images[chosen])
+    for name, table in texts.items():
+        with atomic(folder / name) as temporary:
             table.to_csv(temporary, index=False)
-        if part == "test":
-            with atomic(folder / "sample_submission.csv") as temporary:
-                table.assign(label=0).to_csv(temporary, index=False)
     return config.model_copy(
         update={
             "builtin": "",
@@ -195,6 +200,19 @@ def digits(config: Prepare) -> Prepare:
             "sample_submission": folder / "sample_submission.csv",
         }
     )
+
+
+def _refuse_others(folder: Path, names: dict[str, list[str]], tables: dict[str, pd.DataFrame]) -> None:
+    """Refuse a folder where the digits would take the place of somebody's images or tables."""
+    others = [name for name, table in tables.items() if (folder / name).exists() and not _says(folder / name, table)]
+    for part, ours in names.items():
+        found = {path.name for path in (folder / "images" / part).glob("*")} - {*ours}
+        others += [f"images/{part}/{name}" for name in found if not name.startswith(".")]
+    archives.refuse_others(folder, others, "a folder for the digits, empty or with an earlier call's")
+
+
+def _says(path: Path, table: pd.DataFrame) -> bool:
+    return path.read_bytes().decode("utf-8", "replace").split() == table.to_csv(index=False).split()
 
 
 def _write_digits(folder: Path, names: list[str], scans: Any) -> None:
