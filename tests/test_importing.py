@@ -19,6 +19,7 @@ from PIL import Image
 from octofold.commands import Prepare
 from octofold.errors import UserError
 from octofold.prepare import archives, hub, importing, preparing, sources
+from octofold.prepare.findings import Findings
 from test_checks import scene
 from test_sources import csv, fill
 
@@ -201,6 +202,62 @@ def test_imagenet_layout_train_and_val(tmp_path: Path) -> None:
     made = preparing.prepare(importing.fetch(flags(tmp_path, source=str(raw))))
     assert made.manifest.classes == ("a", "b")
     assert sorted(made.manifest.table["split"].unique()) == ["train", "val"]
+
+
+def class_folders(folder: Path, names: list[str], first: int = 0) -> Path:
+    """Two pictures in each of these folders."""
+    for seed, name in enumerate([f"{name}/{row}.png" for name in names for row in range(2)], start=first):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        scene(seed, 32).save(folder / name)
+    return folder
+
+
+def test_a_test_folder_is_no_class(tmp_path: Path) -> None:
+    data = class_folders(tmp_path / "data", ["cat", "dog", "test"])
+    for where in ({"images": data, "test_images": data / "test"}, {"source": str(data)}):
+        made = preparing.prepare(importing.fetch(flags(tmp_path, **where)))
+        assert made.manifest.classes == ("cat", "dog")
+        assert made.test is not None
+        assert len(made.test.table) == 2
+        assert "copy in test" not in set(made.problems["kind"])
+
+
+def test_parts_are_known_in_any_case(tmp_path: Path) -> None:
+    parts = ["Train/cat", "Train/dog", "Valid/cat", "Valid/dog", "TEST/cat"]
+    made = preparing.prepare(importing.fetch(flags(tmp_path, source=str(class_folders(tmp_path / "data", parts)))))
+    assert made.manifest.classes == ("cat", "dog")
+    assert made.manifest.table["split"].value_counts().to_dict() == {"Train": 4, "Valid": 4}
+    assert made.test is not None
+    assert len(made.test.table) == 2
+
+
+def test_folders_of_images_left_aside_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Bus, car, train: is the last one a class, or the part to train on? Nobody can tell, so it is said."""
+    data = class_folders(tmp_path / "data", ["bus/day", "bus/night", "car/day", "train/day", "train/night", "test/day"])
+    (data / "docs").mkdir()
+    found = Findings()
+    with caplog.at_level("WARNING", "octofold"):
+        config = importing.fetch(flags(tmp_path, source=str(data)), found)
+    assert "left aside: bus, car; if they are classes too, --images" in caplog.text
+    problems = preparing.prepare(config, found).problems
+    told = problems[problems["kind"] == "not looked at"]
+    assert dict(zip(told["file"], told["detail"], strict=True)) == dict.fromkeys(
+        ("bus", "car"), "a folder of images beside train/"
+    )
+
+
+def test_a_repeated_call_on_its_own_folder_sees_new_images(tmp_path: Path) -> None:
+    home = tmp_path / "out"
+    class_folders(home, ["train/cat", "train/dog", "val/cat", "val/dog"])
+    for more, classes in (([], ("cat", "dog")), (["train/cow", "val/cow"], ("cat", "cow", "dog"))):
+        class_folders(home, more, first=50)
+        config = importing.fetch(flags(tmp_path, source=str(home)))
+        made = preparing.prepare(config)
+        preparing.write(made, config)
+        assert made.manifest.classes == classes
+        assert len(made.manifest.table) == 8 + 2 * len(more)
+    (home / "classes.json").write_text(json.dumps(["dog", "cow", "cat"]))  # an order of the user's own stays
+    assert preparing.read_source(importing.fetch(flags(tmp_path, source=str(home)))).names == ("dog", "cow", "cat")
 
 
 def test_a_table_whose_images_are_nowhere(tmp_path: Path) -> None:

@@ -29,7 +29,11 @@ class Findings:
 
     def absent(self, where: str, folder: Path) -> None:
         """Note the files under a folder of images that nobody looks at."""
-        self.rows += [(where, name, "", "not looked at", why, "left out") for name, why in left_out(folder)]
+        self.unseen(where, left_out(folder))
+
+    def unseen(self, where: str, names: list[tuple[str, str]]) -> None:
+        """Note files and folders that nobody looks at, and why."""
+        self.rows += [(where, name, "", "not looked at", why, "left out") for name, why in names]
 
     def group(self, name: str) -> None:
         """Note a group that lies in several folds."""

@@ -74,14 +74,18 @@ def folder_of(config: Prepare) -> Path:
     return (config.out or ROOT / "data" / config.competition).absolute()
 
 
-def prepare(config: Prepare) -> Prepared:
+def prepare(config: Prepare, found: Findings | None = None) -> Prepared:
     """Read, look, decide, group and fold; writes nothing but the cache of embeddings.
+
+    Args:
+        config: the flags.
+        found: what was found before, on the way here.
 
     Raises:
         UserError: whatever in the user's files cannot be read one way only; the message names it.
     """
     source = read_source(config)
-    found = Findings()
+    found = found or Findings()
     old = lineage.find_previous(config.previous, folder_of(config), config.decisions is not None)
     if old is not None and config.folds_file is None:
         lineage.check_folds(old, config.folds if "folds" in config.model_fields_set else None, config.holdout)
@@ -168,7 +172,7 @@ def read_source(config: Prepare) -> sources.Source:
     if config.labels is not None:
         source = sources.from_csv(config.labels, config.images, config.image_column, config.label_column, config.task)
     else:
-        source = sources.from_class_folders(config.images)
+        source = sources.from_class_folders(config.images, config.test_images)
     if config.classes is not None and config.task == "classify":
         source = sources.fix_classes(source, config.classes)
     if config.task == "classify" and len(source.names) < 2:

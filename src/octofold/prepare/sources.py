@@ -145,7 +145,7 @@ def from_csv(path: Path, images: Path, image_column: str, label_column: str, tas
         raise UserError(
             path, expected=f"a label in every row of '{label_column}'", got=f"none in line {preview(empty + 2)}"
         )
-    labels, names, known = _classes(labels, path)
+    labels, names, known = classes_of(labels, path)
     return Source(rest.drop(columns=[label_column]).assign(label=labels), images, names, {**known, **more})
 
 
@@ -171,7 +171,7 @@ def groups(source: Source, name: str, label_column: str, path: object) -> "pd.Se
     return column(source.table.drop(columns=ours, errors="ignore"), theirs, path, "group").str.strip()
 
 
-def _classes(labels: "pd.Series[str]", path: object) -> tuple["pd.Series[str]", tuple[str, ...], dict[str, Any]]:
+def classes_of(labels: "pd.Series[str]", path: object) -> tuple["pd.Series[str]", tuple[str, ...], dict[str, Any]]:
     """Labels as text, class names in order, their type and spelling: numbers sort as numbers (9 before 10).
 
     Raises:
@@ -241,15 +241,22 @@ def _points(table: pd.DataFrame, images: Path, path: object) -> Source:
     return Source(table, images, tuple(found), {"label_type": "points", "point_suffixes": suffixes})
 
 
-def from_class_folders(images: Path) -> Source:
+def from_class_folders(images: Path, test: Path | None = None) -> Source:
     """One folder per class under `images`; a class's images may lie deeper.
+
+    Args:
+        images: the folder.
+        test: the test images; where they lie under `images`, they are no class.
 
     Raises:
         UserError: no folders, links to some, no images, or images beside the class folders.
     """
     images = existing(images, "the folder of class folders (--images)").resolve()
     refuse_unseen(images)
-    files = [path.relative_to(images).as_posix() for path in find_images(images)]
+    paths = find_images(images)
+    if test is not None and (test := existing(test, "the folder of test images (--test_images)").resolve()) != images:
+        paths = [path for path in paths if not path.is_relative_to(test)]
+    files = [path.relative_to(images).as_posix() for path in paths]
     locate(files, images, images)  # links that lead out of the folder are refused here
     loose = [name for name in files if "/" not in name]
     if not files or loose:
@@ -257,7 +264,7 @@ def from_class_folders(images: Path) -> Source:
         raise UserError(
             images, expected="one folder per class, images inside", got=got, fix="or give --labels FILE.csv"
         )
-    labels, names, known = _classes(pd.Series([name.partition("/")[0] for name in files]), images)
+    labels, names, known = classes_of(pd.Series([name.partition("/")[0] for name in files]), images)
     return Source(pd.DataFrame({"file": files, "name": files, "label": labels}), images, names, known)
 
 
