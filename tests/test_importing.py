@@ -84,6 +84,24 @@ def test_unpacking_twice_does_nothing_and_another_archive_is_refused(tmp_path: P
         archives.unpack(make_zip(tmp_path / "y.zip", CLASSES), folder)
 
 
+class Unflagged(zipfile.ZipInfo):
+    """A member whose name is not said to be UTF-8."""
+
+    encoding = "utf-8"
+
+    def _encodeFilenameFlags(self) -> tuple[bytes, int]:
+        return self.filename.encode(self.encoding), self.flag_bits & ~archives.UTF8
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp437"])
+def test_names_in_a_zip_that_does_not_say_how_they_are_written(tmp_path: Path, encoding: str) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
+        info = Unflagged("kühe/1.png")
+        info.encoding = encoding
+        file.writestr(info, picture())
+    assert (archives.unpack(tmp_path / "x.zip", tmp_path / "raw") / "kühe" / "1.png").read_bytes() == picture()
+
+
 def test_imagenet_style_tar_of_tars(tmp_path: Path) -> None:
     inner = {}
     for label in (1, 2):
@@ -404,6 +422,28 @@ def test_hugging_face_rows_without_a_label(tmp_path: Path, caplog: pytest.LogCap
     assert "2 training images have no label" in caplog.text
     assert len(pd.read_csv(folder / "sample_submission.csv")) == 3
     assert not (folder / "test_truth.csv").exists()
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_columns_that_are_called_like_ours_make_room(tmp_path: Path, described: bool) -> None:
+    """Names of files in a column `image`, words in a column `label`: neither may stand for our image or our label."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "repo").mkdir()
+    rows = hf_rows(0, 6)
+    columns = {"img": rows["image"], "image": [f"{5 - row:07d}.jpg" for row in range(6)], "user_image": ["x"] * 6}
+    labels = {"kind": rows["label"], "label": ["word"] * 6} if described else {"label": rows["label"]}
+    table = pa.table(columns | labels)
+    if described:
+        info = {"features": {"img": FEATURES["image"], "kind": FEATURES["label"]}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": info})})
+    pq.write_table(table, tmp_path / "repo" / "train.parquet")
+    found = pd.read_csv(hub.hugging_face(str(tmp_path / "repo"), tmp_path / "raw") / "train.csv")
+    assert found["image"].tolist() == [f"{row:07d}.jpg" for row in range(6)]
+    assert found["label"].tolist() == (["zebra", "ant"] if described else [0, 1]) * 3
+    assert found["user_user_image"].tolist() == columns["image"]
+    assert not described or set(found["user_label"]) == {"word"}
 
 
 def test_bringing_changed_data_changes_the_images(tmp_path: Path) -> None:

@@ -189,6 +189,21 @@ def test_a_decision_settles_an_image_under_two_labels(photos: Path) -> None:
     assert table.loc["a/0.png", "label"] == "b"
 
 
+def test_a_kept_label_settles_an_image_under_two_labels(photos: Path) -> None:
+    first, _ = run(photos)
+    journal = decide(photos, first.manifest, {"a/0.png": ("keep", "")})
+    twin = photos / "p" / "b" / "twin of 0.png"
+    twin.write_bytes((photos / "p" / "a" / "0.png").read_bytes())
+    made, _ = run(photos, decisions=journal)
+    assert made.manifest.table.set_index("path").loc["a/0.png", "label"] == "a"
+    assert made.decided is not None
+    assert made.decided["outcome"].tolist() == ["confirmed"]
+    (photos / "p" / "c").mkdir()
+    (photos / "p" / "a" / "0.png").rename(photos / "p" / "c" / "0.png")  # b or c: nobody says a any more
+    table = run(photos, decisions=journal)[0].manifest.table
+    assert first.manifest.table.set_index("path").loc["a/0.png", "sample_id"] not in set(table["sample_id"])
+
+
 def test_dropping_everything_is_refused_and_leaves_the_manifest(photos: Path) -> None:
     first, paths = run(photos)
     journal = decide(photos, first.manifest, {name: ("drop", "") for name in first.manifest.table["path"]})

@@ -178,15 +178,16 @@ def _read(path: Path, part: str, layout: Layout) -> list[str] | None:
         schema = next(batches)
         features = _features(path, schema)
         image, label, names = _columns(path, schema, features)
+        called = _make_room(schema.names, label)
         for batch in tqdm(batches, desc=path.name, unit="batch"):
             for row in batch.to_pylist():
                 data = row[image]["bytes"] if isinstance(row[image], dict) else row[image]
                 if not data:
                     got = f"only a path: {row[image].get('path')!r}" if isinstance(row[image], dict) else "nothing"
                     raise UserError(path, expected="images inside the table", got=got)
-                kept = {key: value for key, value in row.items() if isinstance(value, (str, int, float))}
+                kept = {called[key]: row[key] for key in called if isinstance(row[key], (str, int, float))}
                 if label:
-                    value = None if row[label] is None else kept.pop(label)
+                    value = row[label]
                     if value is None or (names and value == -1):  # how these tables write that nobody knows
                         layout.unlabelled += part == "train"
                         if part == "train":
@@ -197,6 +198,15 @@ def _read(path: Path, part: str, layout: Layout) -> list[str] | None:
     except (pa.ArrowException, OSError, KeyError, IndexError, TypeError, json.JSONDecodeError) as error:
         raise UserError(path, expected="a Hugging Face image table", got=_first_line(error)) from error
     return names
+
+
+def _make_room(columns: list[str], label: str) -> dict[str, str]:
+    """What the table's columns are called in ours, the label's left out: ``image`` and ``label`` are ours."""
+    called = {name: name for name in columns if name != label}
+    for name in {"image", "label"} & {*called}:
+        while called[name] in ("image", "label", *columns):
+            called[name] = f"user_{called[name]}"
+    return called
 
 
 def _batches(path: Path) -> Iterator[Any]:
@@ -226,8 +236,11 @@ def _features(path: Path, schema: Any) -> dict[str, Any]:
 
 def _columns(path: Path, schema: Any, features: dict[str, Any]) -> tuple[str, str, list[str] | None]:
     """Image column, label column ('' if none) and class names."""
+    import pyarrow as pa
+
     images = [name for name, kind in features.items() if isinstance(kind, dict) and kind.get("_type") == "Image"]
-    images = images or [name for name in schema.names if name in ("image", "img", "jpg", "png")]
+    usual = [name for name in schema.names if name in ("image", "img", "jpg", "png")]
+    images = images or [name for name in usual if not pa.types.is_string(schema.field(name).type)]
     if not images:
         raise UserError(path, expected="an image column", got=f"columns {preview(schema.names, 12)}")
     coded = [name for name, kind in features.items() if isinstance(kind, dict) and kind.get("_type") == "ClassLabel"]

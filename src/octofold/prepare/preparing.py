@@ -193,15 +193,23 @@ def _samples(config: Prepare, source: sources.Source, found: Findings) -> tuple[
     if config.folds_file is not None:
         table["fold"] = _given_folds(config, config.folds_file, source)
     if config.decisions is not None and "label" in table:  # an image under two labels, judged since, has one
-        judged = journal.read(config.decisions).decisions().items()
-        said = {name: entry.target for name, entry in judged if entry.target in source.names}
+        judged = journal.read(config.decisions).decisions()
         torn = table.groupby("sample_id")["label"].transform("nunique") > 1
-        table.loc[torn, "label"] = table["sample_id"][torn].map(said).fillna(table["label"][torn])
+        table.loc[torn, "label"] = _judged(table[torn], judged, source.names)
     rows = settle(table, _targets(source), config.conflicts, found)
     if not len(rows):
         raise UserError(source.images, expected="readable images", got=f"none of {len(looks.table)}")
     table = table.iloc[rows].reset_index(names="row")  # where it stands among the user's rows
     return table, Fingerprints(table["sample_id"].to_numpy(str), looks.phash[rows], looks.tiny[rows])
+
+
+def _judged(table: pd.DataFrame, judged: dict[str, journal.Entry], names: tuple[str, ...]) -> list[str]:
+    """Labels where each image has several: the one that a review gave it or kept, as long as a row still says that."""
+    rows = list(zip(table["sample_id"], table["label"], strict=True))
+    kept = {name: label for name, label in rows if name in judged and judged[name].label == label}
+    said = {name: label for name, label in kept.items() if judged[name].action == "keep"}
+    said |= {name: entry.target for name, entry in judged.items() if entry.target in names}
+    return [said.get(name, label) for name, label in rows]
 
 
 def _given_folds(config: Prepare, path: Path, source: sources.Source) -> Ints:
