@@ -12,7 +12,9 @@ grey                three equal channels
 ==================  ==================================================================================
 """
 
+import hashlib
 import io
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -25,20 +27,48 @@ from octofold.errors import UserError
 
 Pixels = npt.NDArray[np.uint8]
 UNIT = 1.5  # float images up to here run over [0, 1]: resampling overshoots
+ID_LENGTH = 16
+_CONTENT_ID = re.compile(f"[0-9a-f]{{{ID_LENGTH}}}")
 MOST_PIXELS = 300_000_000
 Image.MAX_IMAGE_PIXELS = None  # `open_bytes` refuses by MOST_PIXELS instead
 
 
-def open_image(path: Path | str) -> Image.Image:
+def open_image(path: Path | str, sample_id: str = "") -> Image.Image:
     """Open an image; its pixels are decoded when first asked for.
 
+    Args:
+        path: the file.
+        sample_id: what a manifest calls it: see `check_content`.
+
     Raises:
-        UserError: no such file, empty, not an image, too many pixels.
+        UserError: no such file, empty, not an image, too many pixels, or not the one that the manifest means.
     """
     try:
-        return open_bytes(Path(path).read_bytes(), path)
+        data = Path(path).read_bytes()
+        check_content(data, sample_id, path)
+        return open_bytes(data, path)
     except _UNREADABLE as error:
         raise _unreadable(path, error) from error
+
+
+def content_id(data: bytes) -> str:
+    """A file's `sample_id`: the first 16 hex digits of its bytes' sha256."""
+    return hashlib.sha256(data).hexdigest()[:ID_LENGTH]
+
+
+def check_content(data: bytes, sample_id: str, path: Path | str) -> None:
+    """Refuse a file that is another one than prepare gave this id; an id that names no content says nothing.
+
+    Raises:
+        UserError: the content has changed since.
+    """
+    if _CONTENT_ID.fullmatch(sample_id) and (now := content_id(data)) != sample_id:
+        raise UserError(
+            path,
+            expected=f"the image that prepare saw under this name, sample {sample_id}",
+            got=f"another one, {now}: the file has changed since, or another was renamed to it",
+            fix="run prepare again (--previous or --decisions keeps the folds)",
+        )
 
 
 def open_bytes(data: bytes, path: Path | str) -> Image.Image:

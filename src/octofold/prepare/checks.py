@@ -14,8 +14,16 @@ from PIL import Image
 from scipy.fft import dctn
 from tqdm import tqdm
 
-from octofold.data.decoding import BROKEN, has_alpha, open_bytes, orientation_tag, to_rgb, upright, upright_size
-from octofold.data.manifest import ID_LENGTH
+from octofold.data.decoding import (
+    BROKEN,
+    ID_LENGTH,
+    has_alpha,
+    open_bytes,
+    orientation_tag,
+    to_rgb,
+    upright,
+    upright_size,
+)
 from octofold.errors import UserError
 
 SIDE = 64  # px: what brightness, blur and hashes are measured on
