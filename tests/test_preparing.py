@@ -28,8 +28,9 @@ def photos(folder: Path, names: list[str], first: int = 0) -> Path:
 
 
 def config(tmp_path: Path, **more: object) -> Prepare:
+    folds = {} if "folds_file" in more else {"folds": 2}
     return Prepare.model_validate(
-        {"competition": "c", "images": tmp_path / "p", "folds": 2, "out": tmp_path / "out"} | more
+        {"competition": "c", "images": tmp_path / "p", "out": tmp_path / "out"} | folds | more
     )
 
 
@@ -174,6 +175,17 @@ def test_a_folds_file_is_honoured_and_checked(tmp_path: Path) -> None:
     rows.assign(label="x").to_csv(tmp_path / "f.csv", index=False)
     with pytest.raises(UserError, match="1.png"):
         preparing.prepare(config(tmp_path, group="none", **flags))
+
+
+def test_folds_are_asked_for_in_one_way(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    given = {"competition": "c", "images": tmp_path / "p"}
+    ways: dict[str, object] = {"folds": 3, "holdout": 0.2, "folds_file": tmp_path / "p"}
+    for name, value in ways.items():
+        preparing.check(Prepare.model_validate(given | {name: value}))
+        for other in {*ways} - {name}:
+            with pytest.raises(UserError, match=f"--{name}"):
+                preparing.check(Prepare.model_validate(given | {name: value, other: ways[other]}))
 
 
 def test_the_test_set(tmp_path: Path) -> None:

@@ -173,6 +173,21 @@ def check_folds(old: Manifest, folds: int | None, holdout: float | None) -> None
         )
 
 
+def check_decisions(old: Manifest) -> None:
+    """Refuse to follow a manifest without the decisions that made it: every one would be taken back.
+
+    Raises:
+        UserError: it has some.
+    """
+    if made := old.info.get("decisions"):
+        raise UserError(
+            "--previous",
+            expected=f"--decisions as well: {made['applied']} of them changed {old.file}",
+            got="none: what was dropped would be back, what was relabelled would have its raw label",
+            fix=f"--decisions {made['file']} (an empty file takes them all back)",
+        )
+
+
 def differences(old: Manifest, new: Manifest, same: dict[str, str]) -> pd.DataFrame:
     """How two versions differ: ``sample_id, path, change, before, after``, one row per change.
 

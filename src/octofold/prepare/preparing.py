@@ -89,6 +89,8 @@ def prepare(config: Prepare, found: Findings | None = None) -> Prepared:
     old = lineage.find_previous(config.previous, folder_of(config), config.decisions is not None)
     if old is not None and config.folds_file is None:
         lineage.check_folds(old, config.folds if "folds" in config.model_fields_set else None, config.holdout)
+    if old is not None and config.decisions is None:
+        lineage.check_decisions(old)
     before = _Before(old, old.file.parent if old and old.file else folder_of(config))
     table, prints = _samples(config, source, found)
     if old is not None:
@@ -110,7 +112,7 @@ def prepare(config: Prepare, found: Findings | None = None) -> Prepared:
     _fold(config, table, before, found)
     report_pairs(table, pairs, found)
     report_alike(table, test.table if test else None, twins, similarity, found)
-    info = {**source.info, "seed": config.seed, "group": config.group}
+    info = {**source.info, "seed": config.seed, "group": config.group, **_decided(config, decided)}
     if (swap := landmarks.swap_table(config.swap, source.names)) is not None:
         info["swap"] = swap
     if chosen is not None:
@@ -146,6 +148,7 @@ def check(config: Prepare) -> None:
         raise UserError("prepare", expected=expected, got="none of them")
     if len(given) > 1:
         raise UserError("prepare", expected="one of --images, --source, --builtin", got=" and ".join(given))
+    _check_folds(config)
     if config.source:
         return  # what it holds is seen when it is there
     if config.sample_submission is not None and config.test_images is None:
@@ -163,6 +166,15 @@ def check(config: Prepare) -> None:
     for name in names:
         if (path := getattr(config, name)) is not None:
             existing(path, f"what --{name} names")
+
+
+def _check_folds(config: Prepare) -> None:
+    ways = {"--folds_file": config.folds_file is not None, "--holdout": config.holdout is not None,
+            "--folds": "folds" in config.model_fields_set}  # fmt: skip
+    given = [name for name, is_given in ways.items() if is_given]
+    if len(given) > 1:
+        expected = "one of --folds, --holdout, --folds_file"
+        raise UserError("prepare", expected=expected, got=" and ".join(given), fix="leave out the others")
 
 
 def read_source(config: Prepare) -> sources.Source:
@@ -236,6 +248,12 @@ def _replay(
     if done.table.empty:
         raise UserError(config.decisions, expected="some samples left", got="every one dropped")
     return done.table, done.report
+
+
+def _decided(config: Prepare, decided: pd.DataFrame | None) -> dict[str, Any]:
+    """What `lineage.check_decisions` has to know: how many decisions changed the manifest, and whose they are."""
+    count = 0 if decided is None else int((decided["outcome"] == "applied").sum())
+    return {"decisions": {"file": str(config.decisions), "applied": count}} if count else {}
 
 
 def _select(prints: Fingerprints, ids: "pd.Series[str]") -> Fingerprints:
