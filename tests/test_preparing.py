@@ -224,6 +224,25 @@ def test_keypoints(tmp_path: Path) -> None:
     assert again.target.shape == (3, 2, 2)
     assert np.isnan(again.target[0, 1]).all()
     assert again.target[1].tolist() == [[3, 4], [5, 6]]
+    assert not len(prepared.problems)
+
+
+def test_points_outside_their_picture_are_listed(tmp_path: Path) -> None:
+    photos(tmp_path / "p", ["a.png", "b.png", "c.png"])  # of 32 px
+    labels = csv(tmp_path / "l.csv", "image,n_x,n_y,e_x,e_y\na.png,500,2,,\nb.png,-0.5,32,5,6\nc.png,9,9,5,-7.5\n")
+    problems = preparing.prepare(config(tmp_path, labels=labels, task="keypoints")).problems
+    told = dict(zip(problems["file"], problems["detail"], strict=True))
+    assert told == {"a.png": "n (500, 2) of 32 x 32 px", "c.png": "e (5, -7.5) of 32 x 32 px"}
+    assert set(problems["kind"]) == {"points outside"}
+
+
+def test_a_test_manifest_left_by_an_earlier_call_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    classes(tmp_path)
+    flags = config(tmp_path, test_images=photos(tmp_path / "t", ["1.png"], 70))
+    for now, count in ((flags, 0), (flags, 0), (config(tmp_path), 1)):
+        with caplog.at_level("WARNING", "octofold"):
+            preparing.write(preparing.prepare(now), now)
+        assert caplog.text.count("test.csv is an earlier prepare's") == count
 
 
 @pytest.mark.slow

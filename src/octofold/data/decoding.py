@@ -5,7 +5,8 @@ What is odd about a photo is decided here, once:
 ==================  ==================================================================================
 turned by EXIF      turned upright; points are in the pixels of the upright photo
 alpha, palette      laid on white (dropping alpha would show whatever colour hides behind it)
-16-bit, 32-bit      65535 becomes 255, no stretching per image; float up to 1 (resampled: a little more): 1 becomes 255
+16-bit, 32-bit      65535 becomes 255, no stretching per image
+float               by the largest value: up to 1, 1 becomes 255; up to 255, as it is; else 65535 becomes 255
 CMYK, YCbCr, LAB    converted to RGB by Pillow
 animated            the first frame
 grey                three equal channels
@@ -26,7 +27,7 @@ from PIL import Image, UnidentifiedImageError
 from octofold.errors import UserError
 
 Pixels = npt.NDArray[np.uint8]
-UNIT = 1.5  # float images up to here run over [0, 1]: resampling overshoots
+OVER = 1.5  # float images up to 1 (or 255) times this run over [0, 1] (or [0, 255]): resampling overshoots
 ID_LENGTH = 16
 _CONTENT_ID = re.compile(f"[0-9a-f]{{{ID_LENGTH}}}")
 MOST_PIXELS = 300_000_000
@@ -162,7 +163,8 @@ def to_rgb(image: Image.Image, path: Path | str = "image") -> Pixels:
     try:
         if image.mode.startswith("I") or image.mode == "F":
             grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
-            unit = 255.0 if image.mode == "F" and grey.max(initial=0) <= UNIT else 255 / 65535
+            most = grey.max(initial=0) / OVER if image.mode == "F" else np.inf
+            unit = 255.0 if most <= 1 else 1.0 if most <= 255 else 255 / 65535
             grey = np.clip(np.rint(grey * unit), 0, 255).astype(np.uint8)
             return np.repeat(grey[..., None], 3, axis=2)
         if has_alpha(image):

@@ -27,7 +27,7 @@ Pixels = npt.NDArray[np.uint8]
 LONGEST = 4  # a strip longer than 4:1 is cut about its centre before `crop` blows up its short side
 GREY = 128  # of the bars that `pad` adds
 AHEAD = 256  # photos decoded between two writes
-VERSION = 2  # of the pixels: another decode or resize must not find old caches
+VERSION = 3  # of the pixels: another decode or resize must not find old caches
 
 
 class PixelSpec(NamedTuple):

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from octofold.data import manifest as manifests
+from octofold.data.journal import Entry
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError
 from octofold.files import atomic, existing
@@ -171,6 +172,21 @@ def check_folds(old: Manifest, folds: int | None, holdout: float | None) -> None
             got=f"--folds {folds}" if holdout is None else f"--holdout {holdout}",
             fix="leave it out, or make other folds from scratch in another --out",
         )
+
+
+def judged_labels(table: pd.DataFrame, judged: dict[str, Entry], names: tuple[str, ...]) -> list[str]:
+    """Labels where each image has several: the one that a review gave it or kept, as long as a row still says that."""
+    rows = list(zip(table["sample_id"], table["label"], strict=True))
+    kept = {name: label for name, label in rows if name in judged and judged[name].label == label}
+    said = {name: label for name, label in kept.items() if judged[name].action == "keep"}
+    said |= {name: entry.target for name, entry in judged.items() if entry.target in names}
+    return [said.get(name, label) for name, label in rows]
+
+
+def applied(journal: Path | None, decided: pd.DataFrame | None) -> dict[str, Any]:
+    """What `check_decisions` has to know of a manifest: how many decisions changed it, and where they are."""
+    count = 0 if decided is None else int((decided["outcome"] == "applied").sum())
+    return {"decisions": {"file": str(journal), "applied": count}} if count else {}
 
 
 def check_decisions(old: Manifest) -> None:

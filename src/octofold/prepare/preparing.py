@@ -16,13 +16,14 @@ import pandas as pd
 from scipy.stats import ks_2samp
 
 from octofold.commands import Prepare
+from octofold.config import log
 from octofold.data import journal
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError, preview
 from octofold.files import ROOT, atomic, existing, write_json
 from octofold.nets import landmarks
 from octofold.prepare import checks, folds, kinship, lineage, neighbours, questions, sources
-from octofold.prepare.findings import Findings, report_alike, report_pairs, report_shared, settle
+from octofold.prepare.findings import Findings, report_alike, report_outside, report_pairs, report_shared, settle
 from octofold.prepare.grouping import Grouping
 from octofold.prepare.lineage import Fingerprints
 
@@ -112,7 +113,7 @@ def prepare(config: Prepare, found: Findings | None = None) -> Prepared:
     _fold(config, table, before, found)
     report_pairs(table, pairs, found)
     report_alike(table, test.table if test else None, twins, similarity, found)
-    info = {**source.info, "seed": config.seed, "group": config.group, **_decided(config, decided)}
+    info = {**source.info, "seed": config.seed, "group": config.group, **lineage.applied(config.decisions, decided)}
     if (swap := landmarks.swap_table(config.swap, source.names)) is not None:
         info["swap"] = swap
     if chosen is not None:
@@ -207,21 +208,14 @@ def _samples(config: Prepare, source: sources.Source, found: Findings) -> tuple[
     if config.decisions is not None and "label" in table:  # an image under two labels, judged since, has one
         judged = journal.read(config.decisions).decisions()
         torn = table.groupby("sample_id")["label"].transform("nunique") > 1
-        table.loc[torn, "label"] = _judged(table[torn], judged, source.names)
+        table.loc[torn, "label"] = lineage.judged_labels(table[torn], judged, source.names)
     rows = settle(table, _targets(source), config.conflicts, found)
     if not len(rows):
         raise UserError(source.images, expected="readable images", got=f"none of {len(looks.table)}")
     table = table.iloc[rows].reset_index(names="row")  # where it stands among the user's rows
+    if "label" not in table:
+        report_outside(table, source.names, found)
     return table, Fingerprints(table["sample_id"].to_numpy(str), looks.phash[rows], looks.tiny[rows])
-
-
-def _judged(table: pd.DataFrame, judged: dict[str, journal.Entry], names: tuple[str, ...]) -> list[str]:
-    """Labels where each image has several: the one that a review gave it or kept, as long as a row still says that."""
-    rows = list(zip(table["sample_id"], table["label"], strict=True))
-    kept = {name: label for name, label in rows if name in judged and judged[name].label == label}
-    said = {name: label for name, label in kept.items() if judged[name].action == "keep"}
-    said |= {name: entry.target for name, entry in judged.items() if entry.target in names}
-    return [said.get(name, label) for name, label in rows]
 
 
 def _given_folds(config: Prepare, path: Path, source: sources.Source) -> Ints:
@@ -248,12 +242,6 @@ def _replay(
     if done.table.empty:
         raise UserError(config.decisions, expected="some samples left", got="every one dropped")
     return done.table, done.report
-
-
-def _decided(config: Prepare, decided: pd.DataFrame | None) -> dict[str, Any]:
-    """What `lineage.check_decisions` has to know: how many decisions changed the manifest, and whose they are."""
-    count = 0 if decided is None else int((decided["outcome"] == "applied").sum())
-    return {"decisions": {"file": str(config.decisions), "applied": count}} if count else {}
 
 
 def _select(prints: Fingerprints, ids: "pd.Series[str]") -> Fingerprints:
@@ -376,6 +364,8 @@ def write(prepared: Prepared, config: Prepare) -> dict[str, Path]:
     paths["classes"] = write_json(out / "classes.json", list(prepared.manifest.classes))
     if prepared.test is not None:
         paths["test"] = prepared.test.save(out / "test.csv")
+    elif (out / "test.csv").exists():
+        log.warning("%s is an earlier prepare's: this one was given no --test_images", out / "test.csv")
     for name in ("problems", "decided", "changes"):
         table = getattr(prepared, name)
         if table is not None and not (name == "changes" and table.empty):  # a repeated call keeps what the first said
