@@ -18,12 +18,14 @@ from octofold.config import log, run_main
 def run(config: Prepare) -> dict[str, object]:
     """Read, look, fold, write, log."""
     from octofold.prepare import importing, pictures, preparing
+    from octofold.prepare.findings import Findings
     from octofold.track import tracking
 
     preparing.check(config)
     with tracking.run("prepare", config, config.competition, name=f"prepare {config.competition}") as run:
-        source = importing.fetch(config)
-        prepared = preparing.prepare(source)
+        found = Findings()
+        source = importing.fetch(config, found)
+        prepared = preparing.prepare(source, found)
         paths = preparing.write(prepared, source)
         manifest = prepared.manifest
         run.log_dataset(manifest.table, config.competition, "training", manifest.images)

@@ -131,13 +131,17 @@ def test_problems_are_told_not_raised(tmp_path: Path) -> None:
         assert words in said
 
 
-@pytest.mark.parametrize(("most", "odd"), [(1.0, "32-bit"), (1.001, "32-bit"), (100.0, "32-bit, comes out black")])
-def test_floats_that_come_out_black_are_named(tmp_path: Path, most: float, odd: str) -> None:
-    ramp = np.linspace(0, most, 64 * 64, dtype=np.float32).reshape(64, 64)
+@pytest.mark.parametrize(
+    ("most", "kind", "shown"),
+    [(1.0, "f4", 255), (1.001, "f4", 255), (100.0, "f4", 100), (255.0, "f4", 255), (300.0, "f4", 255),
+     (65535, "f4", 255), (400.0, "f4", 2), (255, "i4", 1), (255, "u2", 1), (65535, "u2", 255), (-1.0, "f4", 0)],
+)  # fmt: skip
+def test_deep_images_are_decoded_by_their_range_or_named(tmp_path: Path, most: float, kind: str, shown: int) -> None:
+    ramp = np.linspace(0, most, 64 * 64).reshape(64, 64).astype(kind)
     Image.fromarray(ramp).save(tmp_path / "x.tif")
+    assert load(tmp_path / "x.tif", PixelSpec(64))[0].max() == shown
     row = checks.look(["x.tif"], tmp_path, progress=False).table.iloc[0]
-    assert row["odd"] == odd
-    assert (row["brightness"] > 0.4) == (most < 2)
+    assert row["odd"] == ("16-bit" if kind == "u2" else "32-bit") + (", comes out black" if shown <= 2 else "")
 
 
 def test_an_avif_of_zeros_is_told(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from octofold.errors import UserError
 from octofold.nets import embedding
 from octofold.prepare.checks import look
 from test_checks import scene
@@ -52,10 +53,12 @@ def test_each_image_is_embedded_once(tmp_path: Path) -> None:
     assert first.shape == (4, 1280)
     assert np.isfinite(again).all()
     assert len(np.unique(again.round(3), axis=0)) == 4
+    paths[5].rename(paths[4])
+    with pytest.raises(UserError, match="changed since"):
+        embedding.embed(NAME, [ids[4]], [paths[4]], tiny[4:5], tmp_path / "none")
 
 
 def test_unusable_weights_fall_back_to_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from octofold.errors import UserError
     from octofold.nets import models
 
     def refuse(*_: object, **__: object) -> None:

@@ -6,6 +6,7 @@ import pickle
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from octofold.data.decoding import content_id
 from octofold.data.folders import find_images, left_out, refuse_unseen
 from octofold.data.images import LONGEST, PixelCache, PixelSpec, load, open_cache, square
 from octofold.data.manifest import Manifest
@@ -175,7 +177,7 @@ def manifest_of(folder: Path, count: int = 5) -> Manifest:
     for row in range(count):
         photo(40 + row, 36).save(folder / f"{row}.png")
     names = [f"{row}.png" for row in range(count)]
-    table = pd.DataFrame({"sample_id": [f"{row:016x}" for row in range(count)], "path": names})
+    table = pd.DataFrame({"sample_id": [f"s{row:015x}" for row in range(count)], "path": names})
     return Manifest(table, "classify", ("a", "b"), "c", folder)
 
 
@@ -192,6 +194,22 @@ def test_cache_holds_what_load_says(tmp_path: Path) -> None:
         assert cache.frames[row] == frame
         assert cache.square(row).shape == (32, 32, 3)
     assert not cache[0].flags.writeable
+
+
+def test_a_file_that_changed_since_prepare_is_refused(tmp_path: Path) -> None:
+    """Somebody puts a photo in front and numbers all anew: each label would now stand beside another photo."""
+    manifest, spec = manifest_of(tmp_path / "photos", 3), PixelSpec(32)
+    ids = [content_id(path.read_bytes()) for path in manifest.paths]
+    true = replace(manifest, table=manifest.table.assign(sample_id=ids))
+    assert len(open_cache(true, spec, tmp_path / "cache", progress=False)) == 3
+    for row in (2, 1, 0):
+        (tmp_path / "photos" / f"{row}.png").rename(tmp_path / "photos" / f"{row + 1}.png")
+    photo(50, 36).save(tmp_path / "photos" / "0.png")
+    with pytest.raises(UserError, match=r"(?s)[012].png.*changed since.*prepare again"):
+        open_cache(true, spec, tmp_path / "other", progress=False)
+    with pytest.raises(UserError, match="changed since"):
+        looks.look(looks.items_of(true)[1], [spec])
+    assert len(open_cache(manifest, spec, tmp_path / "other", progress=False)) == 3  # ids that name no content
 
 
 def test_cache_serves_any_part_of_itself(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 from octofold.commands import Prepare
 from octofold.errors import UserError
 from octofold.prepare import archives, hub, importing, preparing, sources
+from octofold.prepare.findings import Findings
 from test_checks import scene
 from test_sources import csv, fill
 
@@ -81,6 +82,24 @@ def test_unpacking_twice_does_nothing_and_another_archive_is_refused(tmp_path: P
     assert (folder / "top" / "a" / "0.png").read_bytes() == b"mine"
     with pytest.raises(UserError, match="empty folder"):
         archives.unpack(make_zip(tmp_path / "y.zip", CLASSES), folder)
+
+
+class Unflagged(zipfile.ZipInfo):
+    """A member whose name is not said to be UTF-8."""
+
+    encoding = "utf-8"
+
+    def _encodeFilenameFlags(self) -> tuple[bytes, int]:
+        return self.filename.encode(self.encoding), self.flag_bits & ~archives.UTF8
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp437"])
+def test_names_in_a_zip_that_does_not_say_how_they_are_written(tmp_path: Path, encoding: str) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
+        info = Unflagged("kühe/1.png")
+        info.encoding = encoding
+        file.writestr(info, picture())
+    assert (archives.unpack(tmp_path / "x.zip", tmp_path / "raw") / "kühe" / "1.png").read_bytes() == picture()
 
 
 def test_imagenet_style_tar_of_tars(tmp_path: Path) -> None:
@@ -203,6 +222,62 @@ def test_imagenet_layout_train_and_val(tmp_path: Path) -> None:
     assert sorted(made.manifest.table["split"].unique()) == ["train", "val"]
 
 
+def class_folders(folder: Path, names: list[str], first: int = 0) -> Path:
+    """Two pictures in each of these folders."""
+    for seed, name in enumerate([f"{name}/{row}.png" for name in names for row in range(2)], start=first):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        scene(seed, 32).save(folder / name)
+    return folder
+
+
+def test_a_test_folder_is_no_class(tmp_path: Path) -> None:
+    data = class_folders(tmp_path / "data", ["cat", "dog", "test"])
+    for where in ({"images": data, "test_images": data / "test"}, {"source": str(data)}):
+        made = preparing.prepare(importing.fetch(flags(tmp_path, **where)))
+        assert made.manifest.classes == ("cat", "dog")
+        assert made.test is not None
+        assert len(made.test.table) == 2
+        assert "copy in test" not in set(made.problems["kind"])
+
+
+def test_parts_are_known_in_any_case(tmp_path: Path) -> None:
+    parts = ["Train/cat", "Train/dog", "Valid/cat", "Valid/dog", "TEST/cat"]
+    made = preparing.prepare(importing.fetch(flags(tmp_path, source=str(class_folders(tmp_path / "data", parts)))))
+    assert made.manifest.classes == ("cat", "dog")
+    assert made.manifest.table["split"].value_counts().to_dict() == {"Train": 4, "Valid": 4}
+    assert made.test is not None
+    assert len(made.test.table) == 2
+
+
+def test_folders_of_images_left_aside_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Bus, car, train: is the last one a class, or the part to train on? Nobody can tell, so it is said."""
+    data = class_folders(tmp_path / "data", ["bus/day", "bus/night", "car/day", "train/day", "train/night", "test/day"])
+    (data / "docs").mkdir()
+    found = Findings()
+    with caplog.at_level("WARNING", "octofold"):
+        config = importing.fetch(flags(tmp_path, source=str(data)), found)
+    assert "left aside: bus, car; if they are classes too, --images" in caplog.text
+    problems = preparing.prepare(config, found).problems
+    told = problems[problems["kind"] == "not looked at"]
+    assert dict(zip(told["file"], told["detail"], strict=True)) == dict.fromkeys(
+        ("bus", "car"), "a folder of images beside train/"
+    )
+
+
+def test_a_repeated_call_on_its_own_folder_sees_new_images(tmp_path: Path) -> None:
+    home = tmp_path / "out"
+    class_folders(home, ["train/cat", "train/dog", "val/cat", "val/dog"])
+    for more, classes in (([], ("cat", "dog")), (["train/cow", "val/cow"], ("cat", "cow", "dog"))):
+        class_folders(home, more, first=50)
+        config = importing.fetch(flags(tmp_path, source=str(home)))
+        made = preparing.prepare(config)
+        preparing.write(made, config)
+        assert made.manifest.classes == classes
+        assert len(made.manifest.table) == 8 + 2 * len(more)
+    (home / "classes.json").write_text(json.dumps(["dog", "cow", "cat"]))  # an order of the user's own stays
+    assert preparing.read_source(importing.fetch(flags(tmp_path, source=str(home)))).names == ("dog", "cow", "cat")
+
+
 def test_a_table_whose_images_are_nowhere(tmp_path: Path) -> None:
     csv(
         tmp_path / "raw.d" / "train.csv" if (tmp_path / "raw.d").mkdir() is None else tmp_path, "image,label\nx.png,1\n"
@@ -294,9 +369,41 @@ def test_a_second_source_inherits_nothing_of_the_first(tmp_path: Path) -> None:
                 layout.add(part, picture(seed, "BMP"), {"label": letter})
         layout.close(["a", "b"] if tests else None)
     left = {path.relative_to(tmp_path / "raw").as_posix() for path in (tmp_path / "raw").rglob("*.*")}
-    assert left == {"train.csv", "train/0000000.bmp", "train/0000001.bmp"}
+    assert left == {hub.MARK, "train.csv", "train/0000000.bmp", "train/0000001.bmp"}
     found = importing.lay_out(tmp_path / "raw", tmp_path / "raw", flags(tmp_path, source="x", images=None))
     assert (found.test_images, found.sample_submission, found.classes) == (None, None, None)
+
+
+@pytest.mark.parametrize("mine", ["train/photo.png", "train/0000000.png", "train.csv", "notes.txt"])
+def test_an_import_never_takes_the_place_of_the_users_files(tmp_path: Path, mine: str) -> None:
+    (tmp_path / "raw" / mine).parent.mkdir(parents=True)
+    (tmp_path / "raw" / mine).write_bytes(b"mine")
+    with pytest.raises(UserError, match="empty folder to import into"):
+        hub.Layout(tmp_path / "raw")
+    assert [path.name for path in (tmp_path / "raw").rglob("*") if path.is_file()] == [Path(mine).name]
+
+
+def test_a_repeated_import_leaves_images_that_are_not_its_own(tmp_path: Path) -> None:
+    for count in (3, 2):
+        layout = hub.Layout(tmp_path / "raw")
+        for seed in range(count):
+            layout.add("train", picture(seed), {"label": "a"})
+        (tmp_path / "raw" / "train" / "mine.png").write_bytes(b"mine")
+        layout.close(None)
+    left = sorted(path.name for path in (tmp_path / "raw" / "train").iterdir())
+    assert left == ["0000000.png", "0000001.png", "mine.png"]
+
+
+@pytest.mark.parametrize("mine", ["images/train/photo.png", "images/test/photo.png", "train.csv"])
+def test_the_digits_never_take_the_place_of_the_users_files(tmp_path: Path, mine: str) -> None:
+    config = flags(tmp_path, builtin="digits")
+    (tmp_path / "out" / mine).parent.mkdir(parents=True)
+    (tmp_path / "out" / mine).write_bytes(b"mine")
+    with pytest.raises(UserError, match=mine):
+        importing.fetch(config)
+    assert (tmp_path / "out" / mine).read_bytes() == b"mine"
+    (tmp_path / "out" / mine).unlink()
+    assert importing.fetch(config) == importing.fetch(config)
 
 
 def test_hugging_face_rows_without_a_label(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -315,6 +422,28 @@ def test_hugging_face_rows_without_a_label(tmp_path: Path, caplog: pytest.LogCap
     assert "2 training images have no label" in caplog.text
     assert len(pd.read_csv(folder / "sample_submission.csv")) == 3
     assert not (folder / "test_truth.csv").exists()
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_columns_that_are_called_like_ours_make_room(tmp_path: Path, described: bool) -> None:
+    """Names of files in a column `image`, words in a column `label`: neither may stand for our image or our label."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "repo").mkdir()
+    rows = hf_rows(0, 6)
+    columns = {"img": rows["image"], "image": [f"{5 - row:07d}.jpg" for row in range(6)], "user_image": ["x"] * 6}
+    labels = {"kind": rows["label"], "label": ["word"] * 6} if described else {"label": rows["label"]}
+    table = pa.table(columns | labels)
+    if described:
+        info = {"features": {"img": FEATURES["image"], "kind": FEATURES["label"]}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": info})})
+    pq.write_table(table, tmp_path / "repo" / "train.parquet")
+    found = pd.read_csv(hub.hugging_face(str(tmp_path / "repo"), tmp_path / "raw") / "train.csv")
+    assert found["image"].tolist() == [f"{row:07d}.jpg" for row in range(6)]
+    assert found["label"].tolist() == (["zebra", "ant"] if described else [0, 1]) * 3
+    assert found["user_user_image"].tolist() == columns["image"]
+    assert not described or set(found["user_label"]) == {"word"}
 
 
 def test_bringing_changed_data_changes_the_images(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def write_world(folder: Path, count: int = 12) -> None:
 
 
 def make_config(folder: Path, **changes: object) -> Prepare:
-    known = {
+    known: dict[str, object] = {
         "competition": "faces",
         "task": "keypoints",
         "images": folder / "train",
@@ -41,10 +41,10 @@ def make_config(folder: Path, **changes: object) -> Prepare:
         "image_column": "file_name",
         "test_images": folder / "test",
         "test_points": folder / "test_points.csv",
-        "folds": 3,
         "group": "none",
         "out": folder / "out",
     }
+    known |= {} if "holdout" in changes else {"folds": 3}
     return Prepare.model_validate(known | changes)
 
 

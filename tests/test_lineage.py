@@ -28,7 +28,8 @@ def photos(tmp_path: Path) -> Path:
 
 
 def run(home: Path, **flags: object) -> tuple[preparing.Prepared, dict[str, Path]]:
-    config = Prepare.model_validate({"competition": "c", "images": home / "p", "folds": 3, "out": home / "out"} | flags)
+    folds = {} if {"holdout", "folds_file"} & {*flags} else {"folds": 3}
+    config = Prepare.model_validate({"competition": "c", "images": home / "p", "out": home / "out"} | folds | flags)
     made = preparing.prepare(config)
     return made, preparing.write(made, config)
 
@@ -66,6 +67,23 @@ def test_decisions_make_a_new_version_and_raw_data_stays(photos: Path) -> None:
     assert sorted(second.changes["change"]) == ["gone", "relabelled"]
     assert manifests.read(paths["replaced"]).hash == first.manifest.hash
     assert second.summary["decisions"] == {"relabel applied": 1, "drop applied": 1, "keep confirmed": 1}
+
+
+def test_a_manifest_is_not_followed_without_the_decisions_that_made_it(photos: Path) -> None:
+    first, _ = run(photos)
+    manifest = photos / "out" / "manifest.csv"
+    journal = decide(photos, first.manifest, {"a/2.png": ("keep", "")})
+    run(photos, decisions=journal)
+    run(photos, previous=manifest)  # nothing to lose
+    journal = decide(photos, first.manifest, {"a/0.png": ("relabel", "b"), "b/1.png": ("drop", "")})
+    run(photos, decisions=journal)
+    with pytest.raises(UserError, match=r"(?s)2 of them changed.*--decisions .*decisions.jsonl"):
+        run(photos, previous=manifest)
+    assert "b/1.png" not in set(run(photos, previous=manifest, decisions=journal)[0].manifest.table["path"])
+    (photos / "none.jsonl").touch()
+    back, _ = run(photos, previous=manifest, decisions=photos / "none.jsonl")
+    assert back.manifest.hash == first.manifest.hash
+    run(photos, previous=manifest)
 
 
 def test_twice_is_once(photos: Path) -> None:
@@ -175,7 +193,8 @@ def test_a_dropped_image_stays_dropped_when_the_one_it_looks_like_is_removed(pho
     (photos / "p" / "a" / "0.png").unlink()
     for _ in range(2):
         assert "a/like 0.png" not in set(run(photos, decisions=photos / "decisions.jsonl")[0].manifest.table["path"])
-    again, _ = run(photos, previous=photos / "out" / "manifest.csv")  # without its decision it is new, not re-encoded
+    (photos / "none.jsonl").touch()
+    again, _ = run(photos, decisions=photos / "none.jsonl")  # without its decision it is new, not re-encoded
     assert "re-encoded" not in set(again.problems["kind"])
 
 
@@ -211,6 +230,21 @@ def test_a_file_that_is_no_journal_is_refused_before_anything_is_done(photos: Pa
     config = Prepare(competition="c", images=photos / "p", decisions=photos / "labels.csv")
     with pytest.raises(UserError, match="no entry in it"):
         preparing.check(config)
+
+
+def test_a_kept_label_settles_an_image_under_two_labels(photos: Path) -> None:
+    first, _ = run(photos)
+    journal = decide(photos, first.manifest, {"a/0.png": ("keep", "")})
+    twin = photos / "p" / "b" / "twin of 0.png"
+    twin.write_bytes((photos / "p" / "a" / "0.png").read_bytes())
+    made, _ = run(photos, decisions=journal)
+    assert made.manifest.table.set_index("path").loc["a/0.png", "label"] == "a"
+    assert made.decided is not None
+    assert made.decided["outcome"].tolist() == ["confirmed"]
+    (photos / "p" / "c").mkdir()
+    (photos / "p" / "a" / "0.png").rename(photos / "p" / "c" / "0.png")  # b or c: nobody says a any more
+    table = run(photos, decisions=journal)[0].manifest.table
+    assert first.manifest.table.set_index("path").loc["a/0.png", "sample_id"] not in set(table["sample_id"])
 
 
 def test_dropping_everything_is_refused_and_leaves_the_manifest(photos: Path) -> None:

@@ -28,8 +28,9 @@ def photos(folder: Path, names: list[str], first: int = 0) -> Path:
 
 
 def config(tmp_path: Path, **more: object) -> Prepare:
+    folds = {} if "folds_file" in more else {"folds": 2}
     return Prepare.model_validate(
-        {"competition": "c", "images": tmp_path / "p", "folds": 2, "out": tmp_path / "out"} | more
+        {"competition": "c", "images": tmp_path / "p", "out": tmp_path / "out"} | folds | more
     )
 
 
@@ -176,6 +177,17 @@ def test_a_folds_file_is_honoured_and_checked(tmp_path: Path) -> None:
         preparing.prepare(config(tmp_path, group="none", **flags))
 
 
+def test_folds_are_asked_for_in_one_way(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    given = {"competition": "c", "images": tmp_path / "p"}
+    ways: dict[str, object] = {"folds": 3, "holdout": 0.2, "folds_file": tmp_path / "p"}
+    for name, value in ways.items():
+        preparing.check(Prepare.model_validate(given | {name: value}))
+        for other in {*ways} - {name}:
+            with pytest.raises(UserError, match=f"--{name}"):
+                preparing.check(Prepare.model_validate(given | {name: value, other: ways[other]}))
+
+
 def test_the_test_set(tmp_path: Path) -> None:
     classes(tmp_path)
     folder = photos(tmp_path / "t", ["x.png", "y.png", "unasked.png"], 70)
@@ -212,6 +224,25 @@ def test_keypoints(tmp_path: Path) -> None:
     assert again.target.shape == (3, 2, 2)
     assert np.isnan(again.target[0, 1]).all()
     assert again.target[1].tolist() == [[3, 4], [5, 6]]
+    assert not len(prepared.problems)
+
+
+def test_points_outside_their_picture_are_listed(tmp_path: Path) -> None:
+    photos(tmp_path / "p", ["a.png", "b.png", "c.png"])  # of 32 px
+    labels = csv(tmp_path / "l.csv", "image,n_x,n_y,e_x,e_y\na.png,500,2,,\nb.png,-0.5,32,5,6\nc.png,9,9,5,-7.5\n")
+    problems = preparing.prepare(config(tmp_path, labels=labels, task="keypoints")).problems
+    told = dict(zip(problems["file"], problems["detail"], strict=True))
+    assert told == {"a.png": "n (500, 2) of 32 x 32 px", "c.png": "e (5, -7.5) of 32 x 32 px"}
+    assert set(problems["kind"]) == {"points outside"}
+
+
+def test_a_test_manifest_left_by_an_earlier_call_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    classes(tmp_path)
+    flags = config(tmp_path, test_images=photos(tmp_path / "t", ["1.png"], 70))
+    for now, count in ((flags, 0), (flags, 0), (config(tmp_path), 1)):
+        with caplog.at_level("WARNING", "octofold"):
+            preparing.write(preparing.prepare(now), now)
+        assert caplog.text.count("test.csv is an earlier prepare's") == count
 
 
 @pytest.mark.slow

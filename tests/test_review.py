@@ -195,7 +195,7 @@ def test_an_image_replaced_meanwhile_is_not_shown_as_the_sample(desk: Desk, clie
     for size in ("big", "thumb"):
         answer = client.get(f"/{TOKEN}/{size}/{item.sample_id}")
         assert answer.status_code == 410
-        assert "another content" in answer.get_json()["error"]
+        assert "the file has changed since" in answer.get_json()["error"]
     assert client.get(f"/{TOKEN}/big/{other.sample_id}").status_code == 200
 
 

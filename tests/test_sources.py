@@ -195,6 +195,28 @@ def test_leading_zeros_come_back_in_the_submission(tmp_path: Path) -> None:
     assert info["spelling"] == {"1": "01"}
 
 
+def test_a_class_in_two_unicode_forms_is_one(tmp_path: Path) -> None:
+    decomposed, composed = (unicodedata.normalize(form, "café") for form in ("NFD", "NFC"))
+    names = [f"{decomposed}/1.png", f"{composed}/2.png", "tea/3.png"]
+    both = sources.from_class_folders(fill(tmp_path / "both", names))
+    assert both.names == (composed, "tea")
+    assert "spelling" not in both.info
+    one = sources.from_class_folders(fill(tmp_path / "one", [names[0], names[2]]))
+    assert (one.names, one.info["spelling"]) == (both.names, {composed: decomposed})
+    fill(tmp_path / "t", ["0.png"])
+    for header, spelling, style in [
+        (f"image,{composed},tea\n0.png,0,0\n", {}, "probabilities"),
+        (f"image,{decomposed},tea\n0.png,0,0\n", {composed: decomposed}, "probabilities"),
+        (f"image,label\n0.png,{composed}\n", {}, "labels"),
+        ("image,label\n0.png,?\n", {composed: decomposed}, "labels"),  # shows no class of ours: as train
+    ]:
+        path = csv(tmp_path / "s.csv", header)
+        _, info = sources.from_test(tmp_path / "t", path, "image", "label", one, "classify")
+        assert (info.get("spelling"), info["style"]) == (spelling, style)
+    table = csv(tmp_path / "l.csv", "image,label\n" + "".join(f"{n},{n.partition('/')[0]}\n" for n in names))
+    assert sources.from_csv(table, tmp_path / "both", "image", "label", "classify").names == both.names
+
+
 def test_the_users_own_columns_make_room(tmp_path: Path) -> None:
     fill(tmp_path / "p", ["a.png"])
     text = "image,label,fold,path,user_fold,note,row\na.png,x,7,elsewhere,8,hi,9\n"
@@ -258,6 +280,7 @@ def test_wrong_points_are_refused(tmp_path: Path, text: str, words: str) -> None
         ("image,label\n", "no rows"),
         ("image\na\n", "only 'image'"),
         ("image,label\n../a,0\n", "lead out of it"),
+        ("image,0,2\na,0,0\n", "none for 1"),
     ],
 )
 def test_wrong_sample_submissions_are_refused(tmp_path: Path, text: str, words: str) -> None:

@@ -64,6 +64,11 @@ def test_labels_with_leading_zeros_are_written_as_they_were_read(tmp_path: Path)
     assert row[["01", "02", "10"]].tolist() == pytest.approx([0.1, 0.2, 0.7])
 
 
+def test_a_name_in_another_unicode_form_is_written_as_it_was_read(tmp_path: Path) -> None:
+    test = toy_set(tmp_path, "image,label\na.jpg,x\n", spelling={"1": "cafe\u0301"})
+    assert submission.write(predicted(), test, tmp_path / "a.csv").read_text() == "image,label\na.jpg,cafe\u0301\n"
+
+
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
 def test_cells_are_separated_as_in_the_sample(tmp_path: Path, separator: str) -> None:
     rows = ['"image"', "label"], ["a.jpg", "x"], ["b.jpg", "x"]

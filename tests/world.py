@@ -26,7 +26,7 @@ def make_world(folder: Path, samples: int = 60, side: int = 20, folds: int = 3, 
         pixels = random.integers(0, 90, (side, side, 3), dtype=np.uint8)
         pixels[y - 3 : y + 3, x - 3 : x + 3, kind] = 230
         Image.fromarray(pixels).save(images / f"{number:03d}.png")
-        row = {"sample_id": f"{number:016d}", "path": f"{number:03d}.png", "group": "", "fold": number // 3 % folds}
+        row = {"sample_id": f"s{number:015d}", "path": f"{number:03d}.png", "group": "", "fold": number // 3 % folds}
         there = number % 9 != 8
         point = {"tip_x": x - 0.5 if there else np.nan, "tip_y": y - 0.5 if there else np.nan}
         rows.append(row | ({"label": CLASSES[kind]} if task == "classify" else point))

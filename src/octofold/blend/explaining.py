@@ -55,7 +55,7 @@ def explain(book: Ledger, row: dict[str, Any], ask_models: bool = True) -> Expla
         ask_models: let the pinned fold models look at the image once more, view by view.
 
     Raises:
-        UserError: the test or training images are gone, or a pinned model is.
+        UserError: the test or training images are gone, the image has changed since, or a pinned model is gone.
     """
     about = book.about
     folder = Path(about["manifest"]).parent if about.get("manifest") else ROOT / "data" / about["competition"]
@@ -64,6 +64,7 @@ def explain(book: Ledger, row: dict[str, Any], ask_models: bool = True) -> Expla
     if not len(place):
         raise UserError(folder / "test.csv", expected=f"sample {row['sample_id']}", got="none", fix="prepare again")
     path = test.paths[int(place[0])]
+    picture = _picture(path, str(row["sample_id"]))  # refused where the submission speaks of another
     shown = [str(row[f"top{n}"]) for n in (1, 2, 3) if f"top{n}" in row]
     whole = _by_view(about, path, test.classes) if ask_models and shown else np.zeros((0, len(test.classes)))
     views = whole[:, [test.classes.index(name) for name in shown]]
@@ -74,15 +75,15 @@ def explain(book: Ledger, row: dict[str, Any], ask_models: bool = True) -> Expla
         (_picture(by_path[name][0]), f"{by_path[name][1]}  {score:.2f}") for name, score in near if name in by_path
     ]
     caption = f"{shown[0]}  {row['p1']:.3f}" if shown else "points"
-    return Explanation(_lines(book, row, firsts, shown, near), _picture(path), caption, views, shown, nearest)
+    return Explanation(_lines(book, row, firsts, shown, near), picture, caption, views, shown, nearest)
 
 
 def _labels(train: manifest.Manifest) -> list[str]:
     return [str(name) for name in train.table["label"]] if "label" in train.table else [""] * len(train.table)
 
 
-def _picture(path: Path) -> Array:
-    return square(load(path, SHOWN)[0], SHOWN.size)
+def _picture(path: Path, sample_id: str = "") -> Array:
+    return square(load(path, SHOWN, sample_id)[0], SHOWN.size)
 
 
 def _by_view(about: dict[str, Any], path: Path, classes: tuple[str, ...]) -> Array:

@@ -106,7 +106,8 @@ def rehearsed(rows: Manifest, most: int = 3000) -> float:
     name = embedding.choose(sides)
     tiny = np.zeros((len(some.table), 0), np.uint8)
     if name == "pixels":
-        tiny = np.stack([square(load(path, PixelSpec(16, "squash"))[0], 16).reshape(-1) for path in some.paths])
+        spec, files = PixelSpec(16, "squash"), zip(some.paths, some.sample_ids.tolist(), strict=True)
+        tiny = np.stack([square(load(path, spec, sample)[0], 16).reshape(-1) for path, sample in files])
     folder = ROOT / "data" / rows.competition / "cache"
     features, _ = embedding.embed_or_pixels(name, some.sample_ids.tolist(), some.paths, tiny, folder)
     return rehearsal.rehearse(features, some.target)

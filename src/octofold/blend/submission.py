@@ -131,7 +131,9 @@ def _columns(
     """Fill every column: the id, then the label, or a probability per class, or two coordinates per point."""
     key = str(test.info.get("image_column", columns[0]))
     filled: dict[str, Any] = {key: order}
-    spelling = test.info.get("spelling", {})  # of labels like 001, which are numbers to us
+    spelling = test.info.get(
+        "spelling", {}
+    )  # of labels like 001, which are numbers to us, and of names in another Unicode form
     if test.info.get("style") == landmarks.STYLE:
         lists = _asked(test)
         picked = landmarks.chosen(values, [lists[name] for name in order])
@@ -147,7 +149,7 @@ def _columns(
         labels = np.array(classes, dtype=object)[values.argmax(axis=1)]
         whole = (label_type or test.info.get("label_type")) == "int"
         label = str(test.info.get("label_column", "label"))
-        filled[label] = [spelling.get(name, int(name)) for name in labels] if whole else labels
+        filled[label] = [spelling.get(name, int(name) if whole else name) for name in labels]
     unknown = [name for name in columns if name not in filled]
     lost = [name for name in filled if name not in columns]
     if unknown or lost:

@@ -2,7 +2,6 @@
 
 import getpass
 import io
-import re
 from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
@@ -15,13 +14,12 @@ from octofold.clean.cleaning import Item, Queue, is_stale, undecided
 from octofold.clean.evidence import KINDS
 from octofold.data.decoding import open_image, to_rgb, upright
 from octofold.data.journal import Entry, Journal
-from octofold.data.manifest import ID_LENGTH, Manifest
+from octofold.data.manifest import Manifest
 from octofold.errors import UserError
-from octofold.files import read_json, sha256_file
+from octofold.files import read_json
 
 SIDES = {"big": 1400, "thumb": 220}  # longest side of what is served, px
 MOST_ACTS = 200  # in one request
-CONTENT = re.compile(f"[0-9a-f]{{{ID_LENGTH}}}")  # ids as prepare makes them: the beginning of the file's sha256
 
 
 class Desk:
@@ -106,7 +104,7 @@ class Desk:
     def _points(self, sample_id: str) -> dict[str, Any] | None:
         """Given and guessed points as shares of the photo's width and height, to be drawn over it."""
         try:
-            width, height = upright(open_image(self.file(sample_id))).size
+            width, height = upright(open_image(self.file(sample_id), sample_id)).size
         except UserError:
             return None
         guessed = self.queue.guessed_points.get(sample_id)
@@ -237,10 +235,7 @@ class Desk:
 
     def _image(self, sample_id: str, side: int) -> bytes:
         path = self.file(sample_id)
-        image = open_image(path)
-        if CONTENT.fullmatch(sample_id) and sha256_file(path)[:ID_LENGTH] != sample_id:
-            got = "another content than prepare saw: it is not this sample any more"
-            raise UserError(self.path[sample_id], expected=f"the image {sample_id}", got=got, fix="run prepare again")
+        image = open_image(path, sample_id)
         image.draft(None, (side, side))
         picture = Image.fromarray(to_rgb(upright(image, path), path))
         picture.thumbnail((side, side), Image.Resampling.BILINEAR)

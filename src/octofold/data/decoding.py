@@ -5,14 +5,17 @@ What is odd about a photo is decided here, once:
 ==================  ==================================================================================
 turned by EXIF      turned upright; points are in the pixels of the upright photo
 alpha, palette      laid on white (dropping alpha would show whatever colour hides behind it)
-16-bit, 32-bit      65535 becomes 255, no stretching per image; float up to 1 (resampled: a little more): 1 becomes 255
+16-bit, 32-bit      65535 becomes 255, no stretching per image
+float               by the largest value: up to 1, 1 becomes 255; up to 255, as it is; else 65535 becomes 255
 CMYK, YCbCr, LAB    converted to RGB by Pillow
 animated            the first frame
 grey                three equal channels
 ==================  ==================================================================================
 """
 
+import hashlib
 import io
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -24,21 +27,49 @@ from PIL import Image, UnidentifiedImageError
 from octofold.errors import UserError
 
 Pixels = npt.NDArray[np.uint8]
-UNIT = 1.5  # float images up to here run over [0, 1]: resampling overshoots
+OVER = 1.5  # float images up to 1 (or 255) times this run over [0, 1] (or [0, 255]): resampling overshoots
+ID_LENGTH = 16
+_CONTENT_ID = re.compile(f"[0-9a-f]{{{ID_LENGTH}}}")
 MOST_PIXELS = 300_000_000
 Image.MAX_IMAGE_PIXELS = None  # `open_bytes` refuses by MOST_PIXELS instead
 
 
-def open_image(path: Path | str) -> Image.Image:
+def open_image(path: Path | str, sample_id: str = "") -> Image.Image:
     """Open an image; its pixels are decoded when first asked for.
 
+    Args:
+        path: the file.
+        sample_id: what a manifest calls it: see `check_content`.
+
     Raises:
-        UserError: no such file, empty, not an image, too many pixels.
+        UserError: no such file, empty, not an image, too many pixels, or not the one that the manifest means.
     """
     try:
-        return open_bytes(Path(path).read_bytes(), path)
+        data = Path(path).read_bytes()
+        check_content(data, sample_id, path)
+        return open_bytes(data, path)
     except _UNREADABLE as error:
         raise _unreadable(path, error) from error
+
+
+def content_id(data: bytes) -> str:
+    """A file's `sample_id`: the first 16 hex digits of its bytes' sha256."""
+    return hashlib.sha256(data).hexdigest()[:ID_LENGTH]
+
+
+def check_content(data: bytes, sample_id: str, path: Path | str) -> None:
+    """Refuse a file that is another one than prepare gave this id; an id that names no content says nothing.
+
+    Raises:
+        UserError: the content has changed since.
+    """
+    if _CONTENT_ID.fullmatch(sample_id) and (now := content_id(data)) != sample_id:
+        raise UserError(
+            path,
+            expected=f"the image that prepare saw under this name, sample {sample_id}",
+            got=f"another one, {now}: the file has changed since, or another was renamed to it",
+            fix="run prepare again (--previous or --decisions keeps the folds)",
+        )
 
 
 def open_bytes(data: bytes, path: Path | str) -> Image.Image:
@@ -132,7 +163,8 @@ def to_rgb(image: Image.Image, path: Path | str = "image") -> Pixels:
     try:
         if image.mode.startswith("I") or image.mode == "F":
             grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
-            unit = 255.0 if image.mode == "F" and grey.max(initial=0) <= UNIT else 255 / 65535
+            most = grey.max(initial=0) / OVER if image.mode == "F" else np.inf
+            unit = 255.0 if most <= 1 else 1.0 if most <= 255 else 255 / 65535
             grey = np.clip(np.rint(grey * unit), 0, 255).astype(np.uint8)
             return np.repeat(grey[..., None], 3, axis=2)
         if has_alpha(image):

@@ -27,7 +27,7 @@ Pixels = npt.NDArray[np.uint8]
 LONGEST = 4  # a strip longer than 4:1 is cut about its centre before `crop` blows up its short side
 GREY = 128  # of the bars that `pad` adds
 AHEAD = 256  # photos decoded between two writes
-VERSION = 2  # of the pixels: another decode or resize must not find old caches
+VERSION = 3  # of the pixels: another decode or resize must not find old caches
 
 
 class PixelSpec(NamedTuple):
@@ -73,17 +73,22 @@ class Frame(NamedTuple):
         return pixels
 
 
-def load(path: Path | str, spec: PixelSpec) -> tuple[Pixels, Frame]:
+def load(path: Path | str, spec: PixelSpec, sample_id: str = "") -> tuple[Pixels, Frame]:
     """Decode and resize one photo.
+
+    Args:
+        path: the file.
+        spec: size and fit.
+        sample_id: what a manifest calls it; then it is refused where its content is another one now.
 
     Returns:
         ``(H, W, 3)`` uint8 RGB: ``crop`` keeps the aspect with the short side at `spec.short_side`, ``squash``
         and ``pad`` give ``(size, size)``; and the frame of the centre square (what `square` cuts).
 
     Raises:
-        UserError: no such file, not an image, truncated, or larger than 300 megapixels.
+        UserError: no such file, not an image, truncated, larger than 300 megapixels, or changed since prepare.
     """
-    return fit(open_image(path), spec, path)
+    return fit(open_image(path, sample_id), spec, path)
 
 
 def fit(image: Image.Image, spec: PixelSpec, path: Path | str = "image") -> tuple[Pixels, Frame]:
@@ -194,7 +199,7 @@ def open_cache(manifest: "Manifest", spec: PixelSpec, folder: Path | None = None
         progress: show a bar on stderr.
 
     Raises:
-        UserError: a photo that is gone or cannot be read, a full disk.
+        UserError: a photo that is gone, cannot be read or has changed since prepare, a full disk.
     """
     from filelock import FileLock
 
@@ -234,7 +239,7 @@ def _build(manifest: "Manifest", spec: PixelSpec, made: Path, progress: bool) ->
     part.mkdir(exist_ok=True)
     rows = _finished(part)
     manifest = manifest.take(np.argsort(manifest.sample_ids))
-    paths, todo = manifest.paths, range(len(rows), len(manifest.table))
+    files, todo = list(zip(manifest.paths, manifest.sample_ids, strict=True)), range(len(rows), len(manifest.table))
     with (
         (part / "pixels.bin").open("r+b" if rows else "wb") as pixels,
         (part / "rows.jsonl").open("a") as log,
@@ -244,9 +249,9 @@ def _build(manifest: "Manifest", spec: PixelSpec, made: Path, progress: bool) ->
         pixels.seek(sum(int(row[0] * row[1]) * 3 for row in rows))
         pixels.truncate()
         for start in range(0, len(todo), AHEAD):
-            block = [paths[row] for row in todo[start : start + AHEAD]]
+            block = [files[row] for row in todo[start : start + AHEAD]]
             fresh = []
-            for image, frame in pool.map(lambda path: load(path, spec), block):
+            for image, frame in pool.map(lambda file: load(file[0], spec, str(file[1])), block):
                 pixels.write(image.data)
                 fresh.append([*image.shape[:2], *frame])
             pixels.flush()  # pixels first: a line in rows.jsonl promises that they are there

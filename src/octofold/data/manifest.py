@@ -13,8 +13,6 @@ import pandas as pd
 from octofold.errors import UserError, preview
 from octofold.files import atomic, existing, read_json, sha256_json, write_json
 
-ID_LENGTH = 16
-
 
 @dataclass(frozen=True)
 class Manifest:

@@ -233,7 +233,7 @@ def _worst(found: Evaluation) -> "Figure":
     images, captions, points = [], [], []
     for row in order.tolist():
         try:
-            image, frame = load(paths[row], THUMB)
+            image, frame = load(paths[row], THUMB, str(found.manifest.sample_ids[row]))
         except UserError:  # moved or damaged since: the table still names it
             continue
         images.append(image)

@@ -1,6 +1,5 @@
 """Looks: which images there are, and decoding each once, a few ahead of whoever waits for them."""
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,10 +10,10 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from octofold.data.decoding import open_bytes
+from octofold.data.decoding import check_content, content_id, open_bytes
 from octofold.data.folders import NOT_UTF8, SUFFIXES, find_images, is_utf8, left_out, told
 from octofold.data.images import Frame, PixelSpec, fit, square
-from octofold.data.manifest import ID_LENGTH, Manifest
+from octofold.data.manifest import Manifest
 from octofold.data.manifest import read as read_manifest
 from octofold.errors import UserError, preview
 from octofold.files import existing
@@ -88,9 +87,17 @@ class Skipped(NamedTuple):
 
 
 def look(item: Item, specs: Sequence[PixelSpec]) -> Look | Skipped:
-    """Read one file once and decode it for every spec; give it its content's id where it has none."""
+    """Read one file once and decode it for every spec; give it its content's id where it has none.
+
+    Raises:
+        UserError: its content is another one than a manifest says: nothing could be said of that sample.
+    """
     try:
         data = item.path.read_bytes()
+    except OSError as error:
+        return Skipped(item.name, error.strerror or str(error))
+    check_content(data, item.sample_id, item.path)
+    try:
         return decode(data, item.path, specs, item)
     except OSError as error:
         return Skipped(item.name, error.strerror or str(error))
@@ -112,7 +119,7 @@ def decode(data: bytes, where: Path | str, specs: Sequence[PixelSpec], item: Ite
     """
     named = item or Item(str(where), Path())
     if not named.sample_id:
-        named = named._replace(sample_id=hashlib.sha256(data).hexdigest()[:ID_LENGTH])
+        named = named._replace(sample_id=content_id(data))
     views = {spec: fit(open_bytes(data, where), spec, where) for spec in specs}
     squares = {spec: square(pixels, spec.size) for spec, (pixels, _) in views.items()}
     return Look(named, squares, {spec: frame for spec, (_, frame) in views.items()})

@@ -43,6 +43,9 @@ def embed(name: str, ids: Sequence[str], paths: Sequence[Path], tiny: npt.NDArra
 
     Returns:
         ``(N, F)`` float32, neither centred nor scaled.
+
+    Raises:
+        UserError: an image that is gone, cannot be read or has changed since prepare; no weights.
     """
     if name == "pixels":
         return np.asarray(tiny / np.float32(255), np.float32)
@@ -73,9 +76,10 @@ def _compute(
     with ThreadPoolExecutor(4) as pool, tqdm(total=len(ids), desc=f"embed ({name})", unit="img") as bar:
         for number, start in enumerate(range(0, len(ids), CHUNK)):
             values: list[Any] = []
-            block = paths[start : start + CHUNK]
+            block = range(start, min(start + CHUNK, len(ids)))
             for place in range(0, len(block), BATCH):
-                squares = list(pool.map(lambda path: square(load(path, spec)[0], side), block[place : place + BATCH]))
+                some = block[place : place + BATCH]
+                squares = list(pool.map(lambda row: square(load(paths[row], spec, ids[row])[0], side), some))
                 with torch.inference_mode():
                     images = torch.from_numpy(np.stack(squares)).to(device).permute(0, 3, 1, 2)
                     values.append(net.features(images).to(torch.float16).cpu().numpy())

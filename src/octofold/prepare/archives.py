@@ -22,13 +22,14 @@ from tqdm import tqdm
 
 from octofold.config import log
 from octofold.data.folders import COMPANIONS, SUFFIXES
-from octofold.errors import UserError
+from octofold.errors import UserError, preview
 from octofold.files import write_json
 
 TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet", ".arrow")
 ZIPS, TARS = (".zip",), (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 MOST_FILES = 10_000_000
 MOST_RATIO, SMALL = 100, 100_000_000  # photos hardly shrink: past SMALL bytes a hundredfold growth is a bomb
+UTF8 = 0x800  # a zip member's flag: its name is UTF-8
 MARK = ".unpacked.json"
 _BROKEN = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, ValueError, NotImplementedError, RuntimeError)
 
@@ -59,10 +60,8 @@ def unpack(archive: Path, folder: Path) -> Path:
     mark = folder / MARK
     if mark.exists() and mark.read_text() == _text(facts):
         return folder
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(
-            folder, expected="an empty folder to unpack into", got="other files", fix="remove it, or another --out"
-        )
+    if folder.exists():
+        refuse_others(folder, [path.name for path in folder.iterdir()], "an empty folder to unpack into")
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -77,6 +76,22 @@ def unpack(archive: Path, folder: Path) -> Path:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
+
+
+def refuse_others(folder: Path, names: list[str], expected: str) -> None:
+    """Refuse to write where files lie that are not ours.
+
+    Args:
+        folder: where we would write.
+        names: what is there and is not ours.
+        expected: what would have been right.
+
+    Raises:
+        UserError: there are some.
+    """
+    if names:
+        got = f"other files: {preview(sorted(names))}"
+        raise UserError(folder, expected=expected, got=got, fix="move them away, or another --out")
 
 
 def _text(facts: dict[str, object]) -> str:
@@ -151,15 +166,26 @@ def _members(archive: Path) -> Iterator[Iterator[Member]]:
 
 def _of_zip(opened: zipfile.ZipFile, archive: Path) -> Generator[Member]:
     for info in opened.infolist():
+        name = _name_of(info)
         if info.is_dir():
-            _inside(info.filename, archive)
+            _inside(name, archive)
             continue
         if stat.S_ISLNK(info.external_attr >> 16):
-            raise UserError(archive, expected="files and folders", got=f"a link: '{info.filename}'")
+            raise UserError(archive, expected="files and folders", got=f"a link: '{name}'")
         if info.flag_bits & 1:
-            raise UserError(archive, expected="no password", got=f"'{info.filename}' is encrypted")
+            raise UserError(archive, expected="no password", got=f"'{name}' is encrypted")
         with opened.open(info) as file:
-            yield Member(info.filename, info.file_size, file)
+            yield Member(name, info.file_size, file)
+
+
+def _name_of(info: zipfile.ZipInfo) -> str:
+    """The member's name: many zips (a Mac's) hold UTF-8 and do not say so, and Python reads them as cp437."""
+    if info.flag_bits & UTF8:
+        return info.filename
+    try:
+        return info.filename.encode("cp437").decode("utf-8")
+    except UnicodeError:
+        return info.filename
 
 
 def _of_tar(tar: tarfile.TarFile, archive: Path, prefix: str) -> Generator[Member]:

@@ -14,13 +14,22 @@ from PIL import Image
 from scipy.fft import dctn
 from tqdm import tqdm
 
-from octofold.data.decoding import BROKEN, has_alpha, open_bytes, orientation_tag, to_rgb, upright, upright_size
-from octofold.data.manifest import ID_LENGTH
+from octofold.data.decoding import (
+    BROKEN,
+    ID_LENGTH,
+    has_alpha,
+    open_bytes,
+    orientation_tag,
+    to_rgb,
+    upright,
+    upright_size,
+)
 from octofold.errors import UserError
 
 SIDE = 64  # px: what brightness, blur and hashes are measured on
 TINY = 8  # px: side of the descriptor
 AHEAD = 512
+BLACK = 2  # of 255: 16- and 32-bit values of a smaller range than decoding takes them for
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ def _look(path: Path) -> tuple[dict[str, object], int, npt.NDArray[np.uint8]]:
         facts["problem"] = error.strerror or str(error)
         return facts, 0, np.zeros(TINY * TINY * 3, np.uint8)
     facts |= {"width": width, "height": height}
-    if facts["mode"] == "F" and not pixels.any():  # values of another range than [0, 1] or [0, 65535]
+    if (facts["mode"] == "F" or str(facts["mode"])[:1] == "I") and pixels.max(initial=0) <= BLACK:
         facts["odd"] = f"{facts['odd']}, comes out black"
     small = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
     grey = np.asarray(small.convert("L"), np.float32) / 255

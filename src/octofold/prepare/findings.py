@@ -1,6 +1,6 @@
 """Findings: everything odd about the images, by file name, and what was done about it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,11 @@ class Findings:
 
     def absent(self, where: str, folder: Path) -> None:
         """Note the files under a folder of images that nobody looks at."""
-        self.rows += [(where, name, "", "not looked at", why, "left out") for name, why in left_out(folder)]
+        self.unseen(where, left_out(folder))
+
+    def unseen(self, where: str, names: list[tuple[str, str]]) -> None:
+        """Note files and folders that nobody looks at, and why."""
+        self.rows += [(where, name, "", "not looked at", why, "left out") for name, why in names]
 
     def group(self, name: str) -> None:
         """Note a group that lies in several folds."""
@@ -96,6 +100,23 @@ def _settle_copies(same: pd.DataFrame, torn: bool, found: Findings) -> None:
         )
     if "fold" in same and same["fold"].nunique() > 1:
         raise UserError("folds file", expected="copies of an image in one fold", got=f"several for {preview(files)}")
+
+
+def report_outside(table: pd.DataFrame, points: Sequence[str], found: Findings) -> None:
+    """Note points that lie outside their picture by more than a pixel: the picture was turned or scaled since?
+
+    Args:
+        table: ``file, sample_id, width, height`` (upright, px) and ``<point>_x, <point>_y``.
+        points: their names.
+        found: takes what was found.
+    """
+    xy = table[[f"{name}_{axis}" for name in points for axis in "xy"]].to_numpy(float).reshape(len(table), -1, 2)
+    size = table[["width", "height"]].to_numpy(float)[:, None]
+    outside = np.any((xy < -1) | (xy > size), axis=2)  # NaN is neither
+    for row, marks, out in zip(table.itertuples(), xy, outside, strict=True):
+        if out.any():
+            which = [f"{points[n]} ({marks[n, 0]:g}, {marks[n, 1]:g})" for n in np.flatnonzero(out).tolist()]
+            found.add("train", row, "points outside", f"{preview(which)} of {row.width} x {row.height} px")
 
 
 def report_pairs(table: pd.DataFrame, pairs: Ints, found: Findings) -> None:

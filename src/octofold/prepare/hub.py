@@ -44,19 +44,32 @@ TORCHVISION: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "Caltech101": ({}, None),
 }
 """Data sets by name, with the arguments of their training and test parts."""
-_TABLES = ("train.csv", "test_truth.csv", "sample_submission.csv", "classes.json", archives.MARK)
+MARK = ".imported.json"
+_TABLES = ("train.csv", "test_truth.csv", "sample_submission.csv", "classes.json")
+_NUMBERED = re.compile(r"[0-9]{7}\.[a-z]+")  # what `Layout` calls its images
 
 
 @dataclass
 class Layout:
-    """Rows written so far, per part (train, test), and how many of train were left out for want of a label."""
+    """Rows written so far, per part (train, test), and how many of train were left out for want of a label.
+
+    Raises:
+        UserError: the folder holds files that no import has put there (a ``download/`` of torchvision's may lie in it).
+    """
 
     folder: Path
     unlabelled: int = 0
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"train": [], "test": []})
 
+    def __post_init__(self) -> None:
+        if self.folder.exists() and not (self.folder / MARK).exists():
+            others = [path.name for path in self.folder.iterdir() if path.name != "download"]
+            archives.refuse_others(self.folder, others, "an empty folder to import into")
+
     def add(self, part: str, data: bytes, row: dict[str, Any]) -> None:
         """Keep an image's bytes and its row."""
+        if not any(self.rows.values()):  # before the first file of ours: an import cut off can be begun again
+            write_json(self.folder / MARK, {"written by": "prepare --source; another import overwrites it"})
         name = f"{len(self.rows[part]):07d}{_suffix(data)}"
         path = self.folder / part / name
         if not path.exists() or path.stat().st_size != len(data) or path.read_bytes() != data:
@@ -85,7 +98,7 @@ class Layout:
         for part, rows in self.rows.items():
             ours = {row["image"] for row in rows}
             for path in (self.folder / part).glob("*"):
-                if path.is_file() and path.name not in ours:
+                if path.is_file() and path.name not in ours and _NUMBERED.fullmatch(path.name):
                     path.unlink()
         for name, table in tables.items():
             with atomic(self.folder / name) as temporary:
@@ -120,10 +133,10 @@ def hugging_face(name: str, folder: Path) -> Path:
     Raises:
         UserError: no such data set, no network, or no image column.
     """
+    layout, names = Layout(folder), None
     source = Path(name).expanduser()
     if not is_hugging_face(source):
         source = _download(name)
-    layout, names = Layout(folder), None
     for path in _tables(source):
         part = _part(path, source)
         if part:
@@ -165,15 +178,16 @@ def _read(path: Path, part: str, layout: Layout) -> list[str] | None:
         schema = next(batches)
         features = _features(path, schema)
         image, label, names = _columns(path, schema, features)
+        called = _make_room(schema.names, label)
         for batch in tqdm(batches, desc=path.name, unit="batch"):
             for row in batch.to_pylist():
                 data = row[image]["bytes"] if isinstance(row[image], dict) else row[image]
                 if not data:
                     got = f"only a path: {row[image].get('path')!r}" if isinstance(row[image], dict) else "nothing"
                     raise UserError(path, expected="images inside the table", got=got)
-                kept = {key: value for key, value in row.items() if isinstance(value, (str, int, float))}
+                kept = {called[key]: row[key] for key in called if isinstance(row[key], (str, int, float))}
                 if label:
-                    value = None if row[label] is None else kept.pop(label)
+                    value = row[label]
                     if value is None or (names and value == -1):  # how these tables write that nobody knows
                         layout.unlabelled += part == "train"
                         if part == "train":
@@ -184,6 +198,15 @@ def _read(path: Path, part: str, layout: Layout) -> list[str] | None:
     except (pa.ArrowException, OSError, KeyError, IndexError, TypeError, json.JSONDecodeError) as error:
         raise UserError(path, expected="a Hugging Face image table", got=_first_line(error)) from error
     return names
+
+
+def _make_room(columns: list[str], label: str) -> dict[str, str]:
+    """What the table's columns are called in ours, the label's left out: ``image`` and ``label`` are ours."""
+    called = {name: name for name in columns if name != label}
+    for name in {"image", "label"} & {*called}:
+        while called[name] in ("image", "label", *columns):
+            called[name] = f"user_{called[name]}"
+    return called
 
 
 def _batches(path: Path) -> Iterator[Any]:
@@ -213,8 +236,11 @@ def _features(path: Path, schema: Any) -> dict[str, Any]:
 
 def _columns(path: Path, schema: Any, features: dict[str, Any]) -> tuple[str, str, list[str] | None]:
     """Image column, label column ('' if none) and class names."""
+    import pyarrow as pa
+
     images = [name for name, kind in features.items() if isinstance(kind, dict) and kind.get("_type") == "Image"]
-    images = images or [name for name in schema.names if name in ("image", "img", "jpg", "png")]
+    usual = [name for name in schema.names if name in ("image", "img", "jpg", "png")]
+    images = images or [name for name in usual if not pa.types.is_string(schema.field(name).type)]
     if not images:
         raise UserError(path, expected="an image column", got=f"columns {preview(schema.names, 12)}")
     coded = [name for name, kind in features.items() if isinstance(kind, dict) and kind.get("_type") == "ClassLabel"]

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from octofold.data import manifest as manifests
+from octofold.data.journal import Journal
 from octofold.data.manifest import Manifest
 from octofold.errors import UserError
 from octofold.files import atomic, existing
@@ -170,6 +171,41 @@ def check_folds(old: Manifest, folds: int | None, holdout: float | None) -> None
             expected=f"the {len(old.folds)} folds of {old.file}, which its samples keep",
             got=f"--folds {folds}" if holdout is None else f"--holdout {holdout}",
             fix="leave it out, or make other folds from scratch in another --out",
+        )
+
+
+def judged_labels(table: pd.DataFrame, decided: Journal, names: tuple[str, ...]) -> list[str]:
+    """Labels where each image has several: the one that a review gave it or kept, as long as a row still says that."""
+    rows = list(zip(table["sample_id"], table["label"], strict=True))
+    judged = decided.decisions()
+    said = {
+        name: label
+        for name, label in rows
+        if name in judged and (judged[name].action, judged[name].label) == ("keep", label)
+    }
+    given = {name: entry.target for name, one in judged.items() if (entry := decided.relabel_of(one))}
+    said |= {name: target for name, target in given.items() if target in names}
+    return [said.get(name, label) for name, label in rows]
+
+
+def applied(journal: Path | None, decided: pd.DataFrame | None) -> dict[str, Any]:
+    """What `check_decisions` has to know of a manifest: how many decisions changed it, and where they are."""
+    count = 0 if decided is None else int((decided["outcome"] == "applied").sum())
+    return {"decisions": {"file": str(journal), "applied": count}} if count else {}
+
+
+def check_decisions(old: Manifest) -> None:
+    """Refuse to follow a manifest without the decisions that made it: every one would be taken back.
+
+    Raises:
+        UserError: it has some.
+    """
+    if made := old.info.get("decisions"):
+        raise UserError(
+            "--previous",
+            expected=f"--decisions as well: {made['applied']} of them changed {old.file}",
+            got="none: what was dropped would be back, what was relabelled would have its raw label",
+            fix=f"--decisions {made['file']} (an empty file takes them all back)",
         )
 
 

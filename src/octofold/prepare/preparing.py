@@ -24,7 +24,7 @@ from octofold.errors import UserError, preview
 from octofold.files import ROOT, atomic, existing, write_json
 from octofold.nets import landmarks
 from octofold.prepare import checks, folds, kinship, lineage, neighbours, questions, sources
-from octofold.prepare.findings import Findings, report_alike, report_pairs, report_shared, settle
+from octofold.prepare.findings import Findings, report_alike, report_outside, report_pairs, report_shared, settle
 from octofold.prepare.grouping import Grouping
 from octofold.prepare.lineage import Fingerprints
 
@@ -76,17 +76,23 @@ def folder_of(config: Prepare) -> Path:
     return (config.out or ROOT / "data" / config.competition).absolute()
 
 
-def prepare(config: Prepare) -> Prepared:
+def prepare(config: Prepare, found: Findings | None = None) -> Prepared:
     """Read, look, decide, group and fold; writes nothing but the cache of embeddings.
+
+    Args:
+        config: the flags.
+        found: what was found before, on the way here.
 
     Raises:
         UserError: whatever in the user's files cannot be read one way only; the message names it.
     """
     source = read_source(config)
-    found = Findings()
+    found = found or Findings()
     old = lineage.find_previous(config.previous, folder_of(config), config.decisions is not None)
     if old is not None and config.folds_file is None:
         lineage.check_folds(old, config.folds if "folds" in config.model_fields_set else None, config.holdout)
+    if old is not None and config.decisions is None:
+        lineage.check_decisions(old)
     before = _Before(old, old.file.parent if old and old.file else folder_of(config))
     table, prints = _samples(config, source, found)
     if old is not None:
@@ -108,7 +114,7 @@ def prepare(config: Prepare) -> Prepared:
     _fold(config, table, before, found)
     report_pairs(table, pairs, found)
     report_alike(table, test.table if test else None, twins, similarity, found)
-    info = {**source.info, "seed": config.seed, "group": config.group}
+    info = {**source.info, "seed": config.seed, "group": config.group, **lineage.applied(config.decisions, decided)}
     if (swap := landmarks.swap_table(config.swap, source.names)) is not None:
         info["swap"] = swap
     if chosen is not None:
@@ -146,6 +152,7 @@ def check(config: Prepare) -> None:
         raise UserError("prepare", expected="one of --images, --source, --builtin", got=" and ".join(given))
     if config.decisions is not None:
         journal.read(existing(config.decisions, "what --decisions names"))
+    _check_folds(config)
     if config.source:
         return  # what it holds is seen when it is there
     if config.sample_submission is not None and config.test_images is None:
@@ -164,6 +171,15 @@ def check(config: Prepare) -> None:
             existing(path, f"what --{name} names")
 
 
+def _check_folds(config: Prepare) -> None:
+    ways = {"--folds_file": config.folds_file is not None, "--holdout": config.holdout is not None,
+            "--folds": "folds" in config.model_fields_set}  # fmt: skip
+    given = [name for name, is_given in ways.items() if is_given]
+    if len(given) > 1:
+        expected = "one of --folds, --holdout, --folds_file"
+        raise UserError("prepare", expected=expected, got=" and ".join(given), fix="leave out the others")
+
+
 def read_source(config: Prepare) -> sources.Source:
     """The labelled images the flags name."""
     check(config)
@@ -171,7 +187,7 @@ def read_source(config: Prepare) -> sources.Source:
     if config.labels is not None:
         source = sources.from_csv(config.labels, config.images, config.image_column, config.label_column, config.task)
     else:
-        source = sources.from_class_folders(config.images)
+        source = sources.from_class_folders(config.images, config.test_images)
     if config.classes is not None and config.task == "classify":
         source = sources.fix_classes(source, config.classes)
     if config.task == "classify" and len(source.names) < 2:
@@ -192,15 +208,14 @@ def _samples(config: Prepare, source: sources.Source, found: Findings) -> tuple[
     if config.folds_file is not None:
         table["fold"] = _given_folds(config, config.folds_file, source)
     if config.decisions is not None and "label" in table:  # an image under two labels, judged since, has one
-        decided = journal.read(config.decisions)
-        judged = {name: decided.relabel_of(entry) for name, entry in decided.decisions().items()}
-        said = {name: entry.target for name, entry in judged.items() if entry and entry.target in source.names}
         torn = table.groupby("sample_id")["label"].transform("nunique") > 1
-        table.loc[torn, "label"] = table["sample_id"][torn].map(said).fillna(table["label"][torn])
+        table.loc[torn, "label"] = lineage.judged_labels(table[torn], journal.read(config.decisions), source.names)
     rows = settle(table, _targets(source), config.conflicts, found)
     if not len(rows):
         raise UserError(source.images, expected="readable images", got=f"none of {len(looks.table)}")
     table = table.iloc[rows].reset_index(names="row")  # where it stands among the user's rows
+    if "label" not in table:
+        report_outside(table, source.names, found)
     return table, Fingerprints(table["sample_id"].to_numpy(str), looks.phash[rows], looks.tiny[rows])
 
 
@@ -354,6 +369,8 @@ def write(prepared: Prepared, config: Prepare) -> dict[str, Path]:
     paths["classes"] = write_json(out / "classes.json", list(prepared.manifest.classes))
     if prepared.test is not None:
         paths["test"] = prepared.test.save(out / "test.csv")
+    elif (out / "test.csv").exists():
+        log.warning("%s is an earlier prepare's: this one was given no --test_images", out / "test.csv")
     for name in ("problems", "decided", "changes"):
         table = getattr(prepared, name)
         if table is not None and not (name == "changes" and table.empty):  # a repeated call keeps what the first said

@@ -6,6 +6,7 @@ Every name in a user's file is checked here: it must lead to a file inside the f
 import csv
 import io
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,7 +36,7 @@ class Source:
             NaN = occluded), then the user's other columns as text.
         images: folder, absolute.
         names: class names in their stored order, or point names.
-        info: ``label_type`` (int or str), ``spelling`` (how they write labels with leading zeros: ``{"1": "001"}``),
+        info: ``label_type`` (int or str), ``spelling`` (how they write what we write otherwise: ``{"1": "001"}``),
             ``point_suffixes`` as the user writes them, ``renamed`` (columns of theirs that would hide ours, and their
             new names), and what else is worth keeping.
     """
@@ -145,7 +146,7 @@ def from_csv(path: Path, images: Path, image_column: str, label_column: str, tas
         raise UserError(
             path, expected=f"a label in every row of '{label_column}'", got=f"none in line {preview(empty + 2)}"
         )
-    labels, names, known = _classes(labels, path)
+    labels, names, known = classes_of(labels, path)
     return Source(rest.drop(columns=[label_column]).assign(label=labels), images, names, {**known, **more})
 
 
@@ -171,41 +172,48 @@ def groups(source: Source, name: str, label_column: str, path: object) -> "pd.Se
     return column(source.table.drop(columns=ours, errors="ignore"), theirs, path, "group").str.strip()
 
 
-def _classes(labels: "pd.Series[str]", path: object) -> tuple["pd.Series[str]", tuple[str, ...], dict[str, Any]]:
+def classes_of(labels: "pd.Series[str]", path: object) -> tuple["pd.Series[str]", tuple[str, ...], dict[str, Any]]:
     """Labels as text, class names in order, their type and spelling: numbers sort as numbers (9 before 10).
+
+    One name in two Unicode forms (a Mac's folders, a PC's table) is one class.
 
     Raises:
         UserError: ``1`` and ``01`` side by side: nobody says whether they are one class.
     """
     if not labels.map(lambda text: WHOLE.fullmatch(text) is not None).all():
-        return labels, tuple(sorted(set(labels))), {"label_type": "str"}
+        plain, spelling = as_labels(labels, "str"), _forms(labels, "str")
+        return plain, tuple(sorted(set(plain))), {"label_type": "str"} | ({"spelling": spelling} if spelling else {})
     bare = as_labels(labels, "int")
     digits = labels[labels.str.fullmatch("[0-9]+")].drop_duplicates()
     twice = sorted(digits[as_labels(digits, "int").duplicated(keep=False)])
     if twice:
         fix = "write each class one way (or, if they are different classes, by names that are no numbers)"
         raise UserError(path, expected="one spelling of each label", got=preview(twice), fix=fix)
-    spelling = _padded(labels)
+    spelling = _forms(labels, "int")
     return bare, tuple(sorted(set(bare), key=int)), {"label_type": "int"} | ({"spelling": spelling} if spelling else {})
 
 
-def _padded(labels: Iterable[str]) -> dict[str, str]:
-    """``{"1": "001"}`` for the labels that are written with leading zeros."""
-    return {str(int(text)): text for text in labels if PADDED.fullmatch(text)}
+def _forms(labels: Iterable[str], kind: str) -> dict[str, str]:
+    """How labels are written that we write otherwise: ``{"1": "001"}``, or a name in another Unicode form only."""
+    texts = set(labels)
+    if kind == "int":
+        return {str(int(text)): text for text in texts if PADDED.fullmatch(text)}
+    plain = {text: unicodedata.normalize("NFC", text) for text in sorted(texts)}
+    return {name: text for text, name in plain.items() if name not in texts}
 
 
-def _spelling(shown: Iterable[str], names: Sequence[str], train: Mapping[str, str]) -> dict[str, str]:
+def _spelling(shown: Iterable[str], names: Sequence[str], train: Mapping[str, str], kind: str) -> dict[str, str]:
     """How a submission writes each class: as train does, but as the sample does where it shows otherwise."""
     texts = pd.Series(list(shown), dtype=str).str.strip().drop_duplicates()
-    seen = texts[as_labels(texts, "int").isin(names)]
-    padded = _padded(seen)
-    is_bare = any(train.get(name, text) != text for name, text in zip(as_labels(seen, "int"), seen, strict=True))
-    return {} if is_bare and not padded else dict(train) | padded
+    seen = texts[as_labels(texts, kind).isin(names)]
+    forms = _forms(seen, kind)
+    is_bare = any(train.get(name, text) != text for name, text in zip(as_labels(seen, kind), seen, strict=True))
+    return {} if is_bare and not forms else dict(train) | forms
 
 
 def as_labels(values: "pd.Series[str]", kind: str) -> "pd.Series[str]":
-    """Labels as the manifest writes them: bare text, and for ``int`` without ``+``, leading zeros or ``.0``."""
-    bare = values.str.strip()
+    """Labels as the manifest writes them: bare text (NFC), and for ``int`` without ``+``, leading zeros or ``.0``."""
+    bare = values.str.strip().map(lambda text: unicodedata.normalize("NFC", text))
     if kind != "int":
         return bare
     return bare.map(lambda text: str(int(text.partition(".")[0])) if WHOLE.fullmatch(text) else text)
@@ -241,15 +249,22 @@ def _points(table: pd.DataFrame, images: Path, path: object) -> Source:
     return Source(table, images, tuple(found), {"label_type": "points", "point_suffixes": suffixes})
 
 
-def from_class_folders(images: Path) -> Source:
+def from_class_folders(images: Path, test: Path | None = None) -> Source:
     """One folder per class under `images`; a class's images may lie deeper.
+
+    Args:
+        images: the folder.
+        test: the test images; where they lie under `images`, they are no class.
 
     Raises:
         UserError: no folders, links to some, no images, or images beside the class folders.
     """
     images = existing(images, "the folder of class folders (--images)").resolve()
     refuse_unseen(images)
-    files = [path.relative_to(images).as_posix() for path in find_images(images)]
+    paths = find_images(images)
+    if test is not None and (test := existing(test, "the folder of test images (--test_images)").resolve()) != images:
+        paths = [path for path in paths if not path.is_relative_to(test)]
+    files = [path.relative_to(images).as_posix() for path in paths]
     locate(files, images, images)  # links that lead out of the folder are refused here
     loose = [name for name in files if "/" not in name]
     if not files or loose:
@@ -257,7 +272,7 @@ def from_class_folders(images: Path) -> Source:
         raise UserError(
             images, expected="one folder per class, images inside", got=got, fix="or give --labels FILE.csv"
         )
-    labels, names, known = _classes(pd.Series([name.partition("/")[0] for name in files]), images)
+    labels, names, known = classes_of(pd.Series([name.partition("/")[0] for name in files]), images)
     return Source(pd.DataFrame({"file": files, "name": files, "label": labels}), images, names, known)
 
 
@@ -291,7 +306,7 @@ def from_test(
         table ``file, name`` (name as the sample submission writes it), and info for writing the submission.
 
     Raises:
-        UserError: two rows for one id, an id without an image, no images.
+        UserError: two rows for one id, an id without an image, columns for some of the classes, no images.
     """
     images = existing(images, "the folder of test images (--test_images)").resolve()
     if sample is None:
@@ -312,8 +327,14 @@ def from_test(
         raise UserError(sample, expected="an id column and what to predict", got=f"only '{id_column}'")
     label = label_column if label_column in others else others[0]
     kind, train = str(source.info.get("label_type", "")), source.info.get("spelling", {})
-    wide = task == "classify" and len(others) > 1 and set(as_labels(pd.Series(others), kind)) >= set(source.names)
-    spelling = _spelling(others if wide else table[label], source.names, train) if kind == "int" else {}
+    lacking = [name for name in source.names if name not in set(as_labels(pd.Series(others), kind))]
+    wide = task == "classify" and len(others) > 1 and not lacking
+    if task == "classify" and len(others) > 1 and label_column not in others and 0 < len(lacking) < len(source.names):
+        got = f"none for {preview(lacking)}"
+        raise UserError(
+            sample, expected="a column for every class, or for the label", got=got, fix="mend one of the two"
+        )
+    spelling = _spelling(others if wide else table[label], source.names, train, kind) if task == "classify" else {}
     info = {
         "image_column": id_column,
         "label_column": label,

@@ -287,7 +287,7 @@ def _compare(net: models.Net, card: ModelCard, oof: Predictions, table: Manifest
     place = {key: row for row, key in enumerate(table.sample_ids.tolist())}
     some = np.random.default_rng(0).permutation(oof.sample_ids)[:ASKED].tolist()
     spec = PixelSpec.of(Model(**card.recipe["model"]))
-    squares = (square(load(table.paths[place[key]], spec)[0], spec.size)[None] for key in some)
+    squares = (square(load(table.paths[place[key]], spec, key)[0], spec.size)[None] for key in some)
     ours, theirs = predict_rows(net, card, squares, views=oof.views)[oof.views], oof.take(some).values
     agreement = float((ours.argmax(axis=1) == theirs.argmax(axis=1)).mean())
     apart = float(np.abs(ours - theirs).sum(axis=1).mean() / 2)
