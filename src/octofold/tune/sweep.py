@@ -28,6 +28,7 @@ from octofold.data.manifest import Manifest
 from octofold.errors import UserError, preview
 from octofold.files import ROOT, existing, write_text
 from octofold.metrics import METRICS, fingerprint
+from octofold.nets.models import read_card
 from octofold.nets.tasks import make_task
 from octofold.recipe import Model, Recipe
 from octofold.track import tracking
@@ -46,7 +47,7 @@ MOST = 64
 
 
 class _Enough(Exception):
-    """The last epoch is validated: a trial needs neither weights on disk nor predictions."""
+    """The last epoch is validated, and this its score: a trial needs neither weights on disk nor predictions."""
 
 
 def tune(config: Tune) -> dict[str, Any]:
@@ -249,25 +250,25 @@ class Sweep:
         origin.check(recipe, self.table, fold, start)
         folder = self._folder(attempt, recipe, fold, seed, start)
         last = sum(phase.epochs for phase in recipe.phases) - 1
-        # Averaged weights are made, and a broken-off training's earlier epochs are known, only at the very end.
-        is_short = views == "none" and recipe.average.kind != "swa" and not folder.exists()
-        history: list[dict[str, float]] = []
+        is_short = views == "none" and recipe.average.kind != "swa"  # whose weights are made only at the very end
         clock = time.monotonic()
 
         def report(epoch: int, metrics: dict[str, float]) -> None:
             nonlocal clock
-            history.append(metrics)
             if epoch not in seen and (epoch == last or time.monotonic() - clock > LIVE_S):
                 run.log_metrics(metrics, step=epoch)
                 clock = time.monotonic()
             if is_short and epoch == last:
-                raise _Enough
+                raise _Enough(metrics[f"valid/{metric}"])
 
         try:
             result = training.train_slot(recipe, self.table, fold, seed, folder, report, self.devices, start)
-            score = result.metrics[f"oof.{views}/{metric}"]
-        except _Enough:
-            score = history[-1][f"valid/{metric}"]
+            if views == "none":  # ended early, or averaged: as the others, by what the last validation said
+                score = float(read_card(result.model_folder).info[f"valid/{metric}"])
+            else:
+                score = result.metrics[f"oof.{views}/{metric}"]
+        except _Enough as enough:
+            score = float(enough.args[0])
         except KeyboardInterrupt:
             raise
         except Exception:
