@@ -22,7 +22,7 @@ from octofold.data.manifest import Manifest
 from octofold.errors import UserError
 from octofold.nets import models
 from octofold.recipe import Model, Recipe
-from octofold.train import training
+from octofold.train import outcome, training
 from octofold.tune import sweep
 from world import make_world
 
@@ -218,6 +218,47 @@ def test_without_views_the_last_validation_is_the_score_whatever_select_says(
     assert chosen == ["last"]
     assert len(seen) == 3
     assert average == "swa" or found["search/best"] == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [{}, {"early_stop": 1, "phases": [{"epochs": 30, "lr": 0.03}]}, {"average": {"kind": "swa", "start_epoch": 1}}],
+)
+def test_a_slot_is_scored_by_its_last_validation_also_when_it_was_stopped_on_its_way(
+    table: Manifest, monkeypatch: pytest.MonkeyPatch, ends: dict[str, Any]
+) -> None:
+    """In bf16 a validation and the float32 pass over the held-out rows tell different losses."""
+    stop_in: list[int] = []
+    validated: list[float] = []
+    real, look = training.train_slot, outcome.validate
+
+    def train_slot(recipe: Recipe, *rest: Any) -> training.SlotResult:
+        def report(epoch: int, metrics: dict[str, float]) -> None:
+            validated.append(metrics["valid/log_loss"])
+            if epoch in stop_in:
+                stop_in.remove(epoch)
+                rest[3].mkdir(parents=True, exist_ok=True)
+                (rest[3] / "stop").touch()
+            rest[4](epoch, metrics)
+
+        return real(recipe, *rest[:4], report, *rest[5:])
+
+    def at_the_end(*rest: Any) -> dict[str, float]:
+        found = look(*rest)
+        validated.append(found["valid/log_loss"])
+        return found
+
+    monkeypatch.setattr(training, "train_slot", train_slot)
+    monkeypatch.setattr(outcome, "validate", at_the_end)
+    runtime = {"precision": "bf16", "channels_last": "on", "device": "cpu", "threads": 1, "compile": "off"}
+    recipe = {"metric": "log_loss", "phases": [{"epochs": 4}], "runtime": runtime} | ends
+    whole = tune(table, recipe, study="whole")
+    assert whole["search/best"] == validated[-1]
+    stop_in.append(0)
+    with pytest.raises(KeyboardInterrupt):
+        tune(table, recipe, study="stopped")
+    assert list((table.images.parent / "mlruns" / "work").rglob("checkpoint.pt"))
+    assert tune(table, recipe, study="stopped")["search/best"] == whole["search/best"]
 
 
 def test_a_recipe_that_overfits_is_no_base(table: Manifest) -> None:

@@ -56,6 +56,35 @@ def test_one_slot_proves_nothing() -> None:
     assert not one.is_separable
 
 
+@pytest.mark.parametrize("rows", [(20, 20, 20), (19, 20, 21)])
+def test_one_more_row_right_in_each_fold_is_no_finding(rows: tuple[int, ...]) -> None:
+    sizes = np.array(rows)[:, None]
+    fold = np.repeat(np.arange(3), rows)
+    base = scores((sizes - 2) / sizes)
+    told = {gain: scores((sizes - 2 + gain) / sizes) for gain in (0, 1, 2)}
+    step = trials.grain_of("accuracy", fold, (0, 1, 2))
+    assert step == pytest.approx(0.05, rel=0.01)
+    assert [trials.compare(base, told[gain], True, 3, 0.95, step).is_separable for gain in told] == [False, False, True]
+    one = trials.compare(base, told[1], True, 3, 0.95, step)
+    assert one.low < 0 < one.gain < one.high < 0.2
+
+
+@pytest.mark.parametrize("base", [{"f0.s1": [0.9], "f1.s1": [0.85]}, {"f0.s1": [0.9], "f1.s1": [0.9]}])
+def test_equal_gains_without_a_grain_have_no_interval(base: dict[str, list[float]]) -> None:
+    best = {slot: [value + 0.05] for slot, (value,) in base.items()}
+    assert trials.grain_of("log_loss", np.arange(2), (0, 1)) == 0
+    verdict = trials.compare(base, best, True, 5, 0.95)
+    assert (verdict.low, verdict.is_separable) == (-float("inf"), False)
+    assert verdict.sentence.endswith("gain +0.0500, no interval from gains that are all the same")
+
+
+def test_a_grain_takes_nothing_from_what_is_seen() -> None:
+    draw = np.random.default_rng(0)
+    base, best = (scores(draw.normal(mean, 0.02, (5, 3))) for mean in (0.8, 0.9))
+    plain, grained = (trials.compare(base, best, True, 5, 0.95, step) for step in (0.0, 1 / 200))
+    assert plain == grained
+
+
 def test_the_interval_covers_when_folds_share_their_rows() -> None:
     """Differences correlated as fold models' are (1 / folds): the plain t interval would miss far more often."""
     draw = np.random.default_rng(1)

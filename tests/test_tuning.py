@@ -76,7 +76,12 @@ def test_a_search_finds_the_optimum_and_only_full_trials_can_win(tmp_path: Path)
     assert best.means[0] == max(record.means[0] for record in done if record.outcome == "full")
     assert truth(best.values, 0, 0) > truth(done[0].values, 0, 0) + 0.05
     by_number = {trial.number: trial for trial in study.get_trials()}
-    assert all(by_number[record.number].value == pytest.approx(record.means[0]) for record in done)
+    for record in done:
+        leader = record if record.outcome == "full" else trials.winner(done[: done.index(record)])
+        assert leader is not None
+        ahead = np.mean([leader.scores[slot][0] - record.scores[slot][0] for slot in record.scores])
+        assert by_number[record.number].value == pytest.approx(leader.means[0] - ahead)
+    assert study.best_trial.number == best.number
     assert set(studies.figures(study, what)) == {"history", "slice", "parallel", "timeline", "importance"}
 
 
@@ -99,6 +104,40 @@ def test_every_pruner_runs_and_none_runs_all_slots(pruner: str, tmp_path: Path) 
     tuning.search(study, what, objective, Budget(trials=10), sampler="random", pruner=pruner)
     counts = {len(record.scores) for record in studies.records(study)}
     assert (counts == {5}) == (pruner == "none")
+
+
+def test_which_folds_come_first_does_not_decide_who_is_stopped(tmp_path: Path) -> None:
+    """Folds differ in level by far more than recipes do; the sampler is told nothing of that either."""
+    levels = np.array([0.06, 0.06, 0.03, -0.06, -0.09])
+    found = []
+    for name, offsets in (("easy first", levels), ("hard first", levels[::-1])):
+        what = plan()
+        study = begin(tmp_path, what, name)
+
+        def shifted(attempt: Attempt, fold: int, seed: int, offsets: Any = offsets) -> Sequence[float]:
+            return [truth(attempt.values, fold, seed) + offsets[fold]]
+
+        tuning.search(study, what, shifted, Budget(trials=15), sampler="random")
+        values = [trial.value for trial in study.get_trials(deepcopy=False)]
+        found.append(([(record.outcome, len(record.scores)) for record in studies.records(study)], values))
+    assert found[0][0] == found[1][0]
+    assert sum(outcome == "pruned" for outcome, _ in found[0][0]) > 5
+    assert found[0][1] == pytest.approx(found[1][1])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_pruner_holds_a_trial_against_the_best_full_one(tmp_path: Path, sign: int) -> None:
+    """Of the base recipe's successors the second leads on the first folds, the third trails the first on each."""
+    what = plan({"optim.lr": RANGES["optim.lr"]}, higher_is_better=(sign > 0,))
+    study = begin(tmp_path, what)
+    scores = {1: [0.80, 0.79, 0.78, 0.5, 0.5], 2: [0.9, 0.9, 0.7, 0.4, 0.4], 3: [0.79, 0.78, 0.77, 0.9, 0.9]}
+
+    def listed(attempt: Attempt, fold: int, seed: int) -> Sequence[float]:
+        return [sign * scores.get(attempt.number, [0.7, 0.7, 0.7, 0.3, 0.3])[fold]]
+
+    tuning.search(study, what, listed, Budget(trials=4), sampler="random")
+    found = [(record.outcome, len(record.scores)) for record in studies.records(study)]
+    assert found == [("full", 5), ("full", 5), ("full", 5), ("pruned", 3)]
 
 
 def test_budgets_count_the_study(tmp_path: Path) -> None:

@@ -181,9 +181,10 @@ def compare(
 ) -> list[Finding]:
     """Compare arms on the rows all of them predicted out of fold.
 
-    Rows are resampled in whole groups, the same for every arm, and scores averaged over training seeds; with several
-    seeds the interval is widened by the spread of the paired gain over them (Student's t). With more than two arms the
-    intervals are Bonferroni's, so that "better" is not the luck of having looked often.
+    Rows are resampled in whole groups, the same for every arm, and scores averaged over training seeds. The interval is
+    the resamples' own: where every fortieth of them shows no gain, as with one to three differing rows, there is none.
+    With several seeds it is widened by the spread of the paired gain over them (Student's t). With more than two arms
+    the intervals are Bonferroni's, so that "better" is not the luck of having looked often.
 
     Args:
         oofs: OOF by arm and training seed; the first arm is the reference. Every arm has the same seeds and rows.
@@ -213,8 +214,9 @@ def compare(
         wide = float(stats.t.ppf(1 - tail, len(seeds) - 1)) if len(seeds) > 1 else 0.0
         extra = wide * spread / np.sqrt(len(seeds)) if len(seeds) > 1 else 0.0
         gain = float(gains.mean())
-        ends = np.quantile(paired - paired.mean(), [tail, 1 - tail]) if len(paired) else (np.nan, np.nan)
-        low, high = gain - float(np.hypot(ends[0], extra)), gain + float(np.hypot(ends[1], extra))
+        # Not re-centred on the gain: where few rows differ, an end is exactly 0, and by chance it would be beside it.
+        ends = np.quantile(paired, [tail, 1 - tail]) if len(paired) else (np.nan, np.nan)
+        low, high = gain - float(np.hypot(gain - ends[0], extra)), gain + float(np.hypot(ends[1] - gain, extra))
         chance = estimate.chance(paired)
         verdict = "better" if low > 0 else "worse" if high < 0 else "not separable"
         found.append(Finding(names[arm], float(scores[arm].mean()), gain, low, high, spread, chance, verdict))

@@ -4,8 +4,6 @@ A trial's run is found again through the trial's notes and a slot's by its tags,
 it had. Nothing of a trial is registered: only the recipe that wins is worth training as a member.
 """
 
-import csv
-import io
 import logging
 import re
 import shutil
@@ -28,10 +26,11 @@ from octofold.data.manifest import Manifest
 from octofold.errors import UserError, preview
 from octofold.files import ROOT, existing, write_text
 from octofold.metrics import METRICS, fingerprint
+from octofold.nets.models import read_card
 from octofold.nets.tasks import make_task
 from octofold.recipe import Model, Recipe
 from octofold.track import tracking
-from octofold.train import checkpoint, origin, training
+from octofold.train import checkpoint, harden, origin, training
 from octofold.tune import place, space, studies, trials, tuning
 from octofold.tune.speed import inference_ms
 from octofold.tune.trials import Attempt, Plan, Record, Verdict
@@ -46,7 +45,7 @@ MOST = 64
 
 
 class _Enough(Exception):
-    """The last epoch is validated: a trial needs neither weights on disk nor predictions."""
+    """The last epoch is validated, and this its score: a trial needs neither weights on disk nor predictions."""
 
 
 def tune(config: Tune) -> dict[str, Any]:
@@ -249,25 +248,25 @@ class Sweep:
         origin.check(recipe, self.table, fold, start)
         folder = self._folder(attempt, recipe, fold, seed, start)
         last = sum(phase.epochs for phase in recipe.phases) - 1
-        # Averaged weights are made, and a broken-off training's earlier epochs are known, only at the very end.
-        is_short = views == "none" and recipe.average.kind != "swa" and not folder.exists()
-        history: list[dict[str, float]] = []
+        is_short = views == "none" and recipe.average.kind != "swa"  # whose weights are made only at the very end
         clock = time.monotonic()
 
         def report(epoch: int, metrics: dict[str, float]) -> None:
             nonlocal clock
-            history.append(metrics)
             if epoch not in seen and (epoch == last or time.monotonic() - clock > LIVE_S):
                 run.log_metrics(metrics, step=epoch)
                 clock = time.monotonic()
             if is_short and epoch == last:
-                raise _Enough
+                raise _Enough(metrics[f"valid/{metric}"])
 
         try:
             result = training.train_slot(recipe, self.table, fold, seed, folder, report, self.devices, start)
-            score = result.metrics[f"oof.{views}/{metric}"]
-        except _Enough:
-            score = history[-1][f"valid/{metric}"]
+            if views == "none":  # ended early, or averaged: as the others, by what the last validation said
+                score = float(read_card(result.model_folder).info[f"valid/{metric}"])
+            else:
+                score = result.metrics[f"oof.{views}/{metric}"]
+        except _Enough as enough:
+            score = float(enough.args[0])
         except KeyboardInterrupt:
             raise
         except Exception:
@@ -311,7 +310,7 @@ class Sweep:
         paths = {name: self._write(folder / f"{name}.yaml", record, sentence, parent) for name, record in found.items()}
         for path in paths.values():
             parent.log_artifact(path, "recipes")
-        parent.log_text(_table(records, self.plan), "trials.csv")
+        parent.log_text(trials.table(records, self.plan), "trials.csv")
         parent.log_text(sentence + "\n", "verdict.txt")
         for name, figure in studies.figures(self.study, self.plan).items():
             parent.log_figure(figure, f"plots/{name}.png")
@@ -334,9 +333,10 @@ class Sweep:
         first = max(seed for _, seed in self.plan.slots) + 1
         fresh = [(fold, seed) for seed in range(first, first + self.config.confirm_seeds) for fold in folds]
         found = tuning.confirm(self.study, self.plan, self.slot, [base, best], fresh, self.around)
-        return trials.compare(
-            found[base.number], found[best.number], self.plan.higher_is_better[0], self.plan.folds, best.means[0]
-        )
+        wanted = harden.wanted_rows(self.plan.space.base.classes, self.table.target, self.table.classes)
+        grain = trials.grain_of(self.plan.context["metric"], self.table.fold[wanted], folds)
+        up = self.plan.higher_is_better[0]
+        return trials.compare(found[base.number], found[best.number], up, self.plan.folds, best.means[0], grain)
 
     def _unconfirmed(self, base: Record, best: Record, count: int) -> str:
         if best.values == base.values:
@@ -376,18 +376,3 @@ class Sweep:
 
 def _safe(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
-
-
-def _table(records: list[Record], plan: Plan) -> str:
-    """The trials as CSV: number, outcome, objectives, every slot's score, every searched field."""
-    fields = [knob.field for knob in plan.space.knobs]
-    slots = [f"f{fold}.s{seed}" for fold, seed in plan.slots]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", "outcome", *plan.objectives, *slots, *fields])
-    for record in records:
-        scores = [record.scores[slot][0] if slot in record.scores else "" for slot in slots]
-        writer.writerow(
-            [record.number, record.outcome, *record.means, *scores, *(record.values.get(name, "") for name in fields)]
-        )
-    return text.getvalue()

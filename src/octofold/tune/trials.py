@@ -3,11 +3,14 @@
 Knows nothing of the search engine; `tuning` drives it.
 """
 
+import csv
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import yaml
 from scipy import stats
 
@@ -17,6 +20,8 @@ from octofold.tune.space import Space, Values
 Slot = tuple[int, int]  # fold, seed
 NOT_BASE = {"member", "runtime", "folds", "seeds"}
 """Recipe fields that do not make a study another one: names, how fast, and what the plan's slots say."""
+COUNTING = {"accuracy", "balanced_accuracy", "macro_f1", "quadratic_kappa"}
+"""Metrics that count rows, and so move in steps of about one row."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,7 @@ class Verdict(NamedTuple):
     Attributes:
         base, best: mean score on the fresh seeds.
         gain: improvement, positive is better whatever the metric's direction.
-        low, high: 95 % interval of the gain.
+        low, high: 95 % interval of the gain; infinite where nothing tells its spread.
         noise: standard deviation between seeds of a mean over the folds.
         apparent: the winner's score in the search; chosen as a maximum, so it flatters.
         slots: how many pairs.
@@ -157,26 +162,51 @@ class Verdict(NamedTuple):
     def sentence(self) -> str:
         """The finding in words."""
         pairs = f"{self.best:.4f} against {self.base:.4f} of the base recipe on {self.slots} fresh slots"
-        interval = f"gain {self.gain:+.4f}, 95 % interval {self.low:+.4f} to {self.high:+.4f}"
+        interval = f"95 % interval {self.low:+.4f} to {self.high:+.4f}"
+        if not np.isfinite(self.low):
+            interval = "no interval from " + ("gains that are all the same" if self.slots > 1 else "one gain")
+        pairs = f"{pairs}; gain {self.gain:+.4f}"
         if self.is_separable:
-            return f"better than the base recipe: {pairs}; {interval}"
-        return f"not separable from the base recipe, which therefore stays: {pairs}; {interval}"
+            return f"better than the base recipe: {pairs}, {interval}"
+        return f"not separable from the base recipe, which therefore stays: {pairs}, {interval}"
+
+
+def grain_of(metric: str, fold: npt.NDArray[np.int64], tested: Sequence[int]) -> float:
+    """Return the step of a slot's score where the metric counts rows (root mean square over folds), else 0.
+
+    Args:
+        metric: row of `metrics.METRICS`.
+        fold: ``(N,)`` of the rows that are scored.
+        tested: the folds of the slots.
+    """
+    if metric not in COUNTING:
+        return 0.0
+    rows = np.array([(fold == one).sum() for one in tested])
+    return float(np.sqrt(np.mean(1.0 / rows.clip(1) ** 2)))
 
 
 def compare(
-    base: dict[str, list[float]], best: dict[str, list[float]], higher_is_better: bool, folds: int, apparent: float
+    base: dict[str, list[float]],
+    best: dict[str, list[float]],
+    higher_is_better: bool,
+    folds: int,
+    apparent: float,
+    grain: float = 0.0,
 ) -> Verdict:
     """Compare two recipes slot by slot.
 
     Fold models share most of their training rows, so their differences are not independent. The interval is
     Nadeau & Bengio's corrected resampled t ("Inference for the Generalization Error", 2003): the variance of J
-    differences times ``1/J + 1/(folds - 1)``, with J - 1 degrees of freedom.
+    differences times ``1/J + 1/(folds - 1)``, with J - 1 degrees of freedom. Of scores that count rows, equal
+    differences are no sign of a small variance: it is at least that of two roundings to the grain, and where there is
+    no grain and all differences are equal, there is no interval.
 
     Args:
         base, best: ``f0.s1`` -> [score, …] of the same slots.
         higher_is_better: direction of the score.
         folds: of the manifest; one fold is tested for each ``folds - 1`` trained on.
         apparent: the winner's score in the search.
+        grain: step of a score, see `grain_of`; 0 = it has none.
     """
     keys = sorted(base.keys() & best.keys())
     sign = 1 if higher_is_better else -1
@@ -184,8 +214,8 @@ def compare(
     difference = sign * (ours - theirs)
     count = len(keys)
     half = float("inf")
-    if count > 1:
-        variance = difference.var(ddof=1) * (1 / count + 1 / max(1, folds - 1))
+    if count > 1 and (grain or np.ptp(difference) > 1e-9 * np.abs([ours, theirs]).max()):  # more than float's own error
+        variance = max(difference.var(ddof=1), grain**2 / 6) * (1 / count + 1 / max(1, folds - 1))
         half = float(stats.t.ppf(0.975, count - 1) * np.sqrt(variance))
     gain = float(difference.mean())
     return Verdict(
@@ -207,3 +237,18 @@ def recipe_text(recipe: Recipe, member: str, claims: Sequence[str]) -> str:
     plain.pop("folds", None)
     head = "".join(f"# {line}\n" for line in claims)
     return head + yaml.safe_dump({"member": member, **plain}, sort_keys=False, allow_unicode=True)
+
+
+def table(records: list[Record], plan: Plan) -> str:
+    """Return the trials as CSV: number, outcome, objectives, every slot's score, every searched field."""
+    fields = [knob.field for knob in plan.space.knobs]
+    slots = [f"f{fold}.s{seed}" for fold, seed in plan.slots]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["trial", "outcome", *plan.objectives, *slots, *fields])
+    for record in records:
+        scores = [record.scores[slot][0] if slot in record.scores else "" for slot in slots]
+        writer.writerow(
+            [record.number, record.outcome, *record.means, *scores, *(record.values.get(name, "") for name in fields)]
+        )
+    return text.getvalue()

@@ -1,8 +1,8 @@
 """The search: trials are scored slot by slot, stopped when hopeless, and the winner is scored again on fresh seeds.
 
-After each slot (fold, seed) the pruner may stop a trial; it then returns the mean of the slots done, and can no longer
-win. A new sampler is made for each trial, seeded by how many came before, so that a study which was killed goes on
-with the proposals it would have made anyway.
+After each slot (fold, seed) the pruner may stop a trial; it then returns what the slots done say it would have scored,
+and can no longer win. A new sampler is made for each trial, seeded by how many came before, so that a study which was
+killed goes on with the proposals it would have made anyway.
 """
 
 import datetime
@@ -16,17 +16,19 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-import optuna
+import numpy as np
+from optuna.pruners import BasePruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
-from optuna.study import Study
-from optuna.trial import Trial, TrialState
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, Trial, TrialState
+from scipy import stats
 
 from octofold.errors import UserError, known
 from octofold.files import sha256_json
 from octofold.track import provenance
 from octofold.tune import studies
 from octofold.tune.space import Knob
-from octofold.tune.trials import Attempt, Plan, Record, Slot
+from octofold.tune.trials import Attempt, Plan, Record, Slot, winner
 
 log = logging.getLogger("octofold")
 
@@ -44,16 +46,40 @@ Objective = Callable[[Attempt, int, int], Sequence[float]]
 Around = Callable[[Attempt], AbstractContextManager[Any]]
 """Entered before a trial's first slot and left after its last, whatever happens: where its run opens and closes."""
 
+
+class PairedPruner(BasePruner):
+    """Stops a trial that is worse than the best full one, slot by slot: by Wilcoxon's signed ranks and in the mean.
+
+    Optuna's own holds the mean of the slots done against the best trial's over all of its slots, and so keeps what is
+    hopeless where the first folds are the easy ones.
+    """
+
+    def __init__(self, p: float) -> None:
+        self.p = p
+
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        """Tell whether to stop, from the trial's scores so far by their place in the plan."""
+        higher = study.direction == StudyDirection.MAXIMIZE
+        best = winner(studies.records(study), higher)
+        if best is None or len(trial.intermediate_values) < 2:
+            return False
+        theirs = [scores[0] for scores in best.scores.values()]
+        gains = np.array([value - theirs[step] for step, value in trial.intermediate_values.items()])
+        gains = gains if higher else -gains
+        p = stats.wilcoxon(gains, alternative="less", zero_method="zsplit").pvalue
+        return bool(p < self.p and gains.mean() < 0)
+
+
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "gp": lambda seed: GPSampler(seed=seed, warn_independent_sampling=False),
     "tpe": lambda seed: TPESampler(seed=seed),
     "nsga2": lambda seed: NSGAIISampler(seed=seed),
     "random": lambda seed: RandomSampler(seed=seed),
 }
-PRUNERS: dict[str, Callable[[float], optuna.pruners.BasePruner]] = {
-    "wilcoxon": lambda p: optuna.pruners.WilcoxonPruner(p_threshold=p),  # pairs the slots of two trials
-    "median": lambda p: optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1),
-    "none": lambda p: optuna.pruners.NopPruner(),
+PRUNERS: dict[str, Callable[[float], BasePruner]] = {
+    "wilcoxon": PairedPruner,
+    "median": lambda p: MedianPruner(n_startup_trials=4, n_warmup_steps=1),
+    "none": lambda p: NopPruner(),
 }
 
 
@@ -145,11 +171,11 @@ def search(
         failures.clear()
         scored = ", ".join(f"{name} {mean:.4f}" for name, mean in zip(plan.objectives, attempt.means, strict=True))
         log.info("trial %d: %s (%s, %d slots)", attempt.number, scored, attempt.outcome, len(attempt.scores))
-        return attempt.means
+        return _told(study, plan, attempt)
 
     while not (limit := _over(study, plan, budget)):
         with studies.quiet():
-            study.pruner = make_pruner(prune_p) if len(plan.objectives) == 1 else optuna.pruners.NopPruner()
+            study.pruner = make_pruner(prune_p) if len(plan.objectives) == 1 else NopPruner()
             study.sampler = make_sampler(_seed(study, seed, worker))
             study.optimize(one, n_trials=1, catch=(_Failed, _Surplus))
         finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -260,6 +286,18 @@ def _run_slots(plan: Plan, trial: Trial, attempt: Attempt, objective: Objective)
             if step + 1 < len(plan.slots) and not attempt.is_base and trial.should_prune():
                 return "pruned"
     return "full"
+
+
+def _told(study: Study, plan: Plan, attempt: Attempt) -> list[float]:
+    """What the sampler learns: the means; of a pruned trial the best full one's and the gain over it on the slots done.
+
+    The mean of a few slots would say as much of their folds as of the recipe, and could pass for the study's best.
+    """
+    best = winner(studies.records(study), plan.higher_is_better[0])
+    if attempt.outcome != "pruned" or best is None:
+        return attempt.means
+    gains = [score - best.scores[key][0] for key, (score,) in attempt.scores.items()]
+    return [best.means[0] + float(np.mean(gains))]
 
 
 def _finite(scores: Sequence[float]) -> list[float]:
