@@ -53,8 +53,6 @@ def test_flag_text_takes_its_fields_type(flags: list[str], field: str, value: ob
         (["--seeds", "-1"], "seeds"),
         (["--seeds", "0,0"], "seeds must be different"),
         (["--augment.mixup_prob", "0.7", "--augment.cutmix_prob", "0.7"], "at most 1"),
-        (["--augment.mixup_prob", "0.5"], "augment.mixup_alpha is 0"),
-        (["--augment.cutmix_prob", "1", "--augment.mixup_alpha", "1"], "augment.cutmix_alpha is 0"),
     ],
 )
 def test_mistakes_name_the_flag_and_the_choice(flags: list[str], words: str) -> None:

@@ -240,6 +240,12 @@ def test_a_test_folder_is_no_class(tmp_path: Path) -> None:
         assert "copy in test" not in set(made.problems["kind"])
 
 
+def test_a_folder_of_test_images_around_the_class_folders_hides_none(tmp_path: Path) -> None:
+    data = class_folders(tmp_path / "all" / "labelled", ["cat", "dog"])
+    made = preparing.prepare(importing.fetch(flags(tmp_path, images=data, test_images=tmp_path / "all")))
+    assert made.manifest.classes == ("cat", "dog")
+
+
 def test_parts_are_known_in_any_case(tmp_path: Path) -> None:
     parts = ["Train/cat", "Train/dog", "Valid/cat", "Valid/dog", "TEST/cat"]
     made = preparing.prepare(importing.fetch(flags(tmp_path, source=str(class_folders(tmp_path / "data", parts)))))
@@ -381,6 +387,17 @@ def test_an_import_never_takes_the_place_of_the_users_files(tmp_path: Path, mine
     with pytest.raises(UserError, match="empty folder to import into"):
         hub.Layout(tmp_path / "raw")
     assert [path.name for path in (tmp_path / "raw").rglob("*") if path.is_file()] == [Path(mine).name]
+
+
+def test_an_import_from_before_there_was_a_mark_may_be_repeated(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        layout = hub.Layout(tmp_path / "raw")
+        layout.add("train", picture(seed), {"label": "a"})
+        layout.close(None)
+        (tmp_path / "raw" / hub.MARK).unlink()
+    (tmp_path / "raw" / "train" / "0000001.png").write_bytes(b"mine: no table lists it")
+    with pytest.raises(UserError, match="empty folder to import into"):
+        hub.Layout(tmp_path / "raw")
 
 
 def test_a_repeated_import_leaves_images_that_are_not_its_own(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,16 @@ def test_a_keep_of_what_a_relabel_made_confirms_it(tmp_path: Path) -> None:
         ]
         assert "relabel" in done.report["note"][0]
         assert labels_of(replay(read(tmp_path / name), done.table, CLASSES).table) == {"a": "kiwi"}
+
+
+def test_class_names_that_an_older_journal_wrote_decomposed_are_known(tmp_path: Path) -> None:
+    names = "caf\u00e9", "th\u00e9"
+    apart = [unicodedata.normalize("NFD", name) for name in names]
+    relabel, keep = at(1, "a", "relabel", label=apart[1], target=apart[0]), at(2, "b", label=apart[1])
+    (tmp_path / "old").write_text(relabel.line() + keep.line())
+    done = replay(read(tmp_path / "old"), table(a=names[1], b=names[1]), names)
+    assert done.report["outcome"].tolist() == ["applied", "confirmed"]
+    assert labels_of(done.table) == {"a": names[0], "b": names[1]}
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,12 @@ def test_a_decision_settles_an_image_under_two_labels(photos: Path) -> None:
     journal = decide(photos, manifests.read(photos / "out" / "manifest.csv"), {"a/0.png": ("keep", "")})
     table = run(photos, decisions=journal)[0].manifest.table.set_index("path")
     assert table.loc["a/0.png", "label"] == "b", "confirmed by a second look"
+    with pytest.raises(UserError, match="--decisions as well: 1 of them changed"):
+        run(photos, previous=photos / "out" / "manifest.csv")
+    twin.unlink()
+    assert run(photos, decisions=journal)[0].manifest.table.set_index("path").loc["a/0.png", "label"] == "b"
+    with pytest.raises(UserError, match="--decisions as well: 1 of them changed"):
+        run(photos, previous=photos / "out" / "manifest.csv")
 
 
 def test_damaged_lines_of_the_journal_are_told(photos: Path, caplog: pytest.LogCaptureFixture) -> None:

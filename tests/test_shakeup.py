@@ -125,3 +125,18 @@ def test_a_blend_is_no_judge_of_itself() -> None:
     assert any(
         f"order {judged.blend.method} and member good differently with probability 0.00" in line for line in lines
     )
+
+
+def test_many_rows_are_thinned_to_whole_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worlds for as many test images as before, from fewer rows with labels."""
+    probs, target, _ = members((2.0, 1.0), rows=4000)
+    given = (list(probs), ["good", "worse"], np.eye(5)[target], METRICS["accuracy"], 0.3, np.arange(4000) // 5, True)
+    whole = draw(*given, reps=200)
+    monkeypatch.setattr(shakeup, "MOST", 1000)
+    seen: list[int] = []
+    monkeypatch.setattr(shakeup, "_hits", lambda candidates, metric: seen.append(len(candidates[0])))
+    thin = draw(*given, reps=200)
+    assert 990 <= seen[0] <= 1010
+    assert seen[0] % 5 == 0
+    assert thin.public.std() == pytest.approx(whole.public.std(), rel=0.3)
+    assert thin.flips(0, 1) == whole.flips(0, 1) == 0

@@ -284,6 +284,7 @@ def test_what_a_recipe_says_in_vain_is_told() -> None:
     mixing = {"mixup_prob": 0.5, "mixup_alpha": 0.2}
     head = {"train": "head", "replicas": 2}
     assert "augment.cutmix_alpha mixes nothing" in smells(augment={"cutmix_alpha": 1, **mixing})
+    assert "augment.mixup_prob mixes nothing while augment.mixup_alpha is 0" in smells(augment={"mixup_prob": 0.5})
     assert "optim.sam_adaptive does nothing" in smells(optim={"sam_adaptive": True})
     assert "replicas 2 are not used with train: all" in smells(phases=[{"epochs": 1, "replicas": 2}])
     assert "replicas 2 are not used beside mixup" in smells(phases=[head], augment=mixing)

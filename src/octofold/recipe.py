@@ -194,11 +194,6 @@ class Recipe(Section):
     def _consistent(self) -> "Recipe":
         if self.augment.mixup_prob + self.augment.cutmix_prob > 1:
             raise ValueError("augment.mixup_prob + augment.cutmix_prob must be at most 1")
-        for kind in ("mixup", "cutmix"):
-            if getattr(self.augment, f"{kind}_prob") and not getattr(self.augment, f"{kind}_alpha"):
-                raise ValueError(
-                    f"augment.{kind}_prob mixes nothing while augment.{kind}_alpha is 0: set that too, as to 0.2 or 1"
-                )
         if self.distill.teacher and self.augment.mixes:
             raise ValueError("distill.teacher speaks of whole images: mixup_prob and cutmix_prob must be 0 beside it")
         if len({phase.name for phase in self.phases}) != len(self.phases):
@@ -224,8 +219,10 @@ class Recipe(Section):
         if self.loss.class_weights and self.loss.weighted_sampler:
             found.append("classes are balanced twice (class_weights and weighted_sampler)")
         for kind in ("mixup", "cutmix"):
-            if getattr(self.augment, f"{kind}_alpha") and not getattr(self.augment, f"{kind}_prob"):
-                found.append(f"augment.{kind}_alpha mixes nothing while augment.{kind}_prob is 0")
+            alpha, share = getattr(self.augment, f"{kind}_alpha"), getattr(self.augment, f"{kind}_prob")
+            if bool(alpha) != bool(share):
+                set_one, other = ("alpha", "prob") if alpha else ("prob", "alpha")
+                found.append(f"augment.{kind}_{set_one} mixes nothing while augment.{kind}_{other} is 0")
         if self.optim.sam_adaptive and not self.optim.sam_rho:
             found.append("optim.sam_adaptive does nothing while optim.sam_rho is 0")
         for phase in self.phases:

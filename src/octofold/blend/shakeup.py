@@ -13,6 +13,8 @@ import numpy.typing as npt
 from octofold.metrics import Metric
 
 Array = npt.NDArray[Any]
+MOST = 50_000
+"""Rows with labels that worlds are drawn from; more would say no more, and take minutes."""
 FEWEST = 30
 """Worlds with a score on both boards that quantiles need."""
 
@@ -88,8 +90,13 @@ def draw(
         None where there is nothing to play: one group alone, or hardly a world in which both boards have a score.
     """
     rng = np.random.default_rng(seed)
+    tests = tests or len(chance)
+    _, place = np.unique(np.arange(len(chance)) if groups is None else groups, return_inverse=True)
+    if resample and len(place) > MOST:
+        some = np.flatnonzero(_part(place, MOST / len(place), rng))
+        candidates, chance = [values[some] for values in candidates], chance[some]
+        _, place = np.unique(place[some], return_inverse=True)
     rows = len(chance)
-    _, place = np.unique(np.arange(rows) if groups is None else groups, return_inverse=True)
     if place.max(initial=0) < 1:  # it cannot be on both boards
         return None
     steps, given = chance.cumsum(axis=1), chance.argmax(axis=1)
@@ -100,7 +107,7 @@ def draw(
         is_open = _part(place, public_share, rng)
         sides = [np.flatnonzero(side) for side in (is_open, ~is_open)]
         if resample:
-            sides = _resampled(sides, place, rng, (tests or rows) / rows)
+            sides = _resampled(sides, place, rng, tests / rows)
         for row, values in enumerate(candidates):
             for board, side in zip((public, private), sides, strict=True):
                 if hits is not None:

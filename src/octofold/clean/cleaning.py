@@ -4,6 +4,7 @@ Labels are never changed here: a queue is read, decisions go to the journal, pre
 """
 
 import logging
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -188,6 +189,7 @@ def _stale(journal: Journal | None, manifest: Manifest) -> dict[str, Entry]:
 def is_stale(journal: Journal, decision: Entry, label: str) -> bool:
     """Whether a standing decision judged another label than this; a relabel judged its old and its new one."""
     judged = journal.relabel_of(decision) or decision
+    label = unicodedata.normalize("NFC", label)  # as a journal's are read; a manifest may be older than that
     return judged.action != "drop" and label not in (judged.label, judged.target or judged.label)
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import threading
+import unicodedata
 import uuid
 from bisect import insort
 from collections.abc import Iterable, Iterator, Sequence
@@ -99,7 +100,11 @@ def parse(line: str) -> Entry:
     if missing:
         raise ValueError(f"no {', '.join(sorted(missing))}")
     # A newer version may write more fields: what we know is read, the rest is left alone.
-    return Entry(**{key: value for key, value in values.items() if key in Entry.__dataclass_fields__})
+    known = {key: value for key, value in values.items() if key in Entry.__dataclass_fields__}
+    for name in ("label", "target"):  # an older one wrote class names as the disk does; manifests compose them (NFC)
+        if isinstance(known.get(name), str):
+            known[name] = unicodedata.normalize("NFC", known[name])
+    return Entry(**known)
 
 
 class Journal:

@@ -49,6 +49,24 @@ _TABLES = ("train.csv", "test_truth.csv", "sample_submission.csv", "classes.json
 _NUMBERED = re.compile(r"[0-9]{7}\.[a-z]+")  # what `Layout` calls its images
 
 
+def _is_unmarked_import(folder: Path) -> bool:
+    """Whether an import from before there was a mark made this: images numbered from 0 on, as listed, no more."""
+    if {path.name for path in folder.iterdir()} - {"download", "train", "test", *_TABLES}:
+        return False
+    try:
+        listed = pd.read_csv(folder / "train.csv", usecols=[0], dtype=str).iloc[:, 0].tolist()
+    except (OSError, ValueError):
+        return False
+    numbered = all(str(name).startswith(f"{number:07d}.") for number, name in enumerate(listed))
+    there = {part: {path.name for path in (folder / part).glob("*")} for part in ("train", "test")}
+    return (
+        bool(listed)
+        and numbered
+        and there["train"] == {*listed}
+        and all(_NUMBERED.fullmatch(name) for name in there["test"])
+    )
+
+
 @dataclass
 class Layout:
     """Rows written so far, per part (train, test), and how many of train were left out for want of a label.
@@ -64,7 +82,8 @@ class Layout:
     def __post_init__(self) -> None:
         if self.folder.exists() and not (self.folder / MARK).exists():
             others = [path.name for path in self.folder.iterdir() if path.name != "download"]
-            archives.refuse_others(self.folder, others, "an empty folder to import into")
+            if not _is_unmarked_import(self.folder):
+                archives.refuse_others(self.folder, others, "an empty folder to import into")
 
     def add(self, part: str, data: bytes, row: dict[str, Any]) -> None:
         """Keep an image's bytes and its row."""

@@ -188,9 +188,16 @@ def judged_labels(table: pd.DataFrame, decided: Journal, names: tuple[str, ...])
     return [said.get(name, label) for name, label in rows]
 
 
-def applied(journal: Path | None, decided: pd.DataFrame | None) -> dict[str, Any]:
-    """What `check_decisions` has to know of a manifest: how many decisions changed it, and where they are."""
-    count = 0 if decided is None else int((decided["outcome"] == "applied").sum())
+def applied(journal: Path | None, decided: pd.DataFrame | None, table: pd.DataFrame) -> dict[str, Any]:
+    """What `check_decisions` has to know of a manifest: how many decisions changed it, and where they are.
+
+    A keep changes a label where it confirms a relabel, and so does whatever settled an image under two (``torn``).
+    """
+    if decided is None:
+        return {}
+    torn = table["sample_id"][table["torn"]].tolist() if "torn" in table else list[str]()
+    stands = ~decided["outcome"].isin(["gone", "conflict", "unknown class"])
+    count = int((stands & ((decided["before"] != decided["after"]) | decided["sample_id"].isin(torn))).sum())
     return {"decisions": {"file": str(journal), "applied": count}} if count else {}
 
 

@@ -114,7 +114,8 @@ def prepare(config: Prepare, found: Findings | None = None) -> Prepared:
     _fold(config, table, before, found)
     report_pairs(table, pairs, found)
     report_alike(table, test.table if test else None, twins, similarity, found)
-    info = {**source.info, "seed": config.seed, "group": config.group, **lineage.applied(config.decisions, decided)}
+    info = source.info | {"seed": config.seed, "group": config.group}
+    info |= lineage.applied(config.decisions, decided, table)
     if (swap := landmarks.swap_table(config.swap, source.names)) is not None:
         info["swap"] = swap
     if chosen is not None:
@@ -208,7 +209,7 @@ def _samples(config: Prepare, source: sources.Source, found: Findings) -> tuple[
     if config.folds_file is not None:
         table["fold"] = _given_folds(config, config.folds_file, source)
     if config.decisions is not None and "label" in table:  # an image under two labels, judged since, has one
-        torn = table.groupby("sample_id")["label"].transform("nunique") > 1
+        torn = table["torn"] = table.groupby("sample_id")["label"].transform("nunique") > 1
         table.loc[torn, "label"] = lineage.judged_labels(table[torn], journal.read(config.decisions), source.names)
     rows = settle(table, _targets(source), config.conflicts, found)
     if not len(rows):

@@ -23,7 +23,7 @@ from octofold.prepare.places import locate
 WHOLE = re.compile(r"[+-]?\d+(\.0+)?")
 PADDED = re.compile(r"0[0-9]+")  # 001: a number to us, but a submission has to write it so
 RESERVED = {"sample_id", "path", "fold", "file", "name", "names", "width", "height", "group", "label", "row"} | {
-    "sha256", "mode", "odd", "brightness", "contrast", "sharpness", "problem"}  # fmt: skip
+    "torn", "sha256", "mode", "odd", "brightness", "contrast", "sharpness", "problem"}  # fmt: skip
 POINT = re.compile(r"(.+)_([xyXY])")
 
 
@@ -254,7 +254,7 @@ def from_class_folders(images: Path, test: Path | None = None) -> Source:
 
     Args:
         images: the folder.
-        test: the test images; where they lie under `images`, they are no class.
+        test: the test images; where they lie in a folder under `images`, they are no class.
 
     Raises:
         UserError: no folders, links to some, no images, or images beside the class folders.
@@ -262,7 +262,7 @@ def from_class_folders(images: Path, test: Path | None = None) -> Source:
     images = existing(images, "the folder of class folders (--images)").resolve()
     refuse_unseen(images)
     paths = find_images(images)
-    if test is not None and (test := existing(test, "the folder of test images (--test_images)").resolve()) != images:
+    if test is not None and images in (test := existing(test, "the folder of test images").resolve()).parents:
         paths = [path for path in paths if not path.is_relative_to(test)]
     files = [path.relative_to(images).as_posix() for path in paths]
     locate(files, images, images)  # links that lead out of the folder are refused here
