@@ -12,6 +12,7 @@ from octofold.metrics import METRICS, Metric
 from test_blending import members
 
 ACCURACY = METRICS["accuracy"]
+SLOW_AUC = pytest.param("auc", marks=pytest.mark.slow)
 
 
 def test_cross_fit_blends_each_fold_without_it() -> None:
@@ -164,7 +165,7 @@ def test_what_was_chosen_without_a_fold_is_what_that_fold_is_scored_in() -> None
     np.testing.assert_array_equal(mixed.values[fold == 2], whole.values[fold == 2])
 
 
-@pytest.mark.parametrize("name", ["balanced_accuracy", "macro_f1", "log_loss", "auc", "quadratic_kappa"])
+@pytest.mark.parametrize("name", ["balanced_accuracy", "macro_f1", "log_loss", SLOW_AUC, "quadratic_kappa"])
 def test_a_verdict_in_any_metric(name: str) -> None:
     probs, target, fold = members()
     metric = METRICS[name]

@@ -418,6 +418,7 @@ def counting(crew: ensemble.Ensemble) -> list[int]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("openvino") is None, reason="needs the openvino extra")
 def test_batches_that_overlap_say_what_batches_in_turn_say(
     crew: ensemble.Ensemble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -333,6 +333,7 @@ def test_real_photos_over_http(whole: Path, tmp_path: Path, request: pytest.Fixt
             assert "root:" not in str(text)
 
 
+@pytest.mark.slow
 def test_models_are_looked_up_in_our_store_without_anything_else_asked_before(mlruns: Path, tmp_path: Path) -> None:
     made = slot(tmp_path, "small", 0)
     program = f"from octofold.track import tracking; print(tracking.fetch_uri('models:/{made.name}/1', 'it'))"

@@ -220,6 +220,7 @@ def test_without_views_the_last_validation_is_the_score_whatever_select_says(
     assert average == "swa" or found["search/best"] == pytest.approx(0.7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ends",
     [{}, {"early_stop": 1, "phases": [{"epochs": 30, "lr": 0.03}]}, {"average": {"kind": "swa", "start_epoch": 1}}],

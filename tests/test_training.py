@@ -201,7 +201,7 @@ def test_a_frozen_trunk_does_not_move(home: Path) -> None:
     assert any(not torch.equal(value, two[name]) for name, value in one.items() if name.startswith("head"))
 
 
-@pytest.mark.parametrize("head", ["linear", "heatmap"])
+@pytest.mark.parametrize("head", ["linear", pytest.param("heatmap", marks=pytest.mark.slow)])
 def test_averaged_weights_keep_the_statistics_of_a_frozen_trunk(home: Path, head: str) -> None:
     """It ran with them in eval mode; counted afresh they would be others. A head that has some counts its own."""
     model = {"name": "small_cnn", "input_size": 16, "head": head}

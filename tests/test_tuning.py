@@ -106,6 +106,7 @@ def test_every_pruner_runs_and_none_runs_all_slots(pruner: str, tmp_path: Path) 
     assert (counts == {5}) == (pruner == "none")
 
 
+@pytest.mark.slow
 def test_which_folds_come_first_does_not_decide_who_is_stopped(tmp_path: Path) -> None:
     """Folds differ in level by far more than recipes do; the sampler is told nothing of that either."""
     levels = np.array([0.06, 0.06, 0.03, -0.06, -0.09])

@@ -79,6 +79,7 @@ def test_results_come_in_the_order_of_the_jobs() -> None:
     assert sorted(done) == sorted(results)
 
 
+@pytest.mark.slow
 def test_each_process_has_its_own_environment() -> None:
     results, _ = run(place, [Job("1"), Job("2")])
     assert set(results.values()) == {("a", "1"), ("b", "1")}
