@@ -260,6 +260,7 @@ def test_command_on_digits(house: House) -> None:
     assert {"counts.png", "looks.png", "classes-0.png", "worst.png", "groups.png"} <= pictures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

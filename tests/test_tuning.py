@@ -97,6 +97,7 @@ def test_every_sampler_repeats_itself_and_resumes_as_if_never_stopped(sampler: s
     assert len(told(whole)) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruner", sorted(tuning.PRUNERS))
 def test_every_pruner_runs_and_none_runs_all_slots(pruner: str, tmp_path: Path) -> None:
     what = plan()
@@ -178,6 +179,7 @@ def test_a_space_with_nothing_new_ends_a_study_without_a_number_of_trials(
     assert len(studies.trained(study)) <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["here", "elsewhere"])
 def test_a_trial_of_the_dead_at_the_end_of_the_budget_is_given_out_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
