@@ -3,10 +3,11 @@
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from octofold.track.spool import Note, Spool
+from octofold.track.spool import Note, Spool, untold
 
 
 def note(number: int) -> Note:
@@ -67,3 +68,23 @@ def test_a_note_that_waited_for_a_delivery_is_not_lost(tmp_path: Path) -> None:
     late.join()
     assert spool.deliver(sent.extend) == 1
     assert sent == [note(1), note(2)]
+
+
+def test_what_a_successor_has_told_since_is_not_told_again() -> None:
+    """A process died with two epochs and its end unsaid; another, elsewhere, trained the second anew and finished."""
+
+    def history(key: str) -> list[SimpleNamespace]:
+        return (
+            [SimpleNamespace(step=step, timestamp=time) for step, time in ((0, 100), (1, 900))] if key == "loss" else []
+        )
+
+    notes: list[Note] = [
+        {"kind": "metrics", "rows": [["loss", 0.5, 110, 0], ["loss", 0.4, 120, 1], ["lr", 1e-3, 120, 1]]},
+        {"kind": "end", "status": "KILLED", "time": 130},
+    ]
+    rows = [["loss", 0.5, 110, 0], ["lr", 1e-3, 120, 1]]
+    assert untold(notes, history, "FINISHED") == [{"kind": "metrics", "rows": rows}]
+    assert untold(notes, history, "RUNNING") == [{"kind": "metrics", "rows": rows}, notes[1]]
+    end: list[Note] = [{"kind": "end", "status": "FINISHED", "time": 130}]
+    assert untold(end, history, "KILLED") == end, "it was thought dead"
+    assert untold(end, history, "FINISHED") == []

@@ -168,6 +168,24 @@ def test_what_a_dead_process_left_is_delivered_by_the_next(mlruns: Path) -> None
     assert not spool.path.exists()
 
 
+def test_what_was_told_by_whoever_took_a_run_over_is_not_told_twice(mlruns: Path) -> None:
+    """The dead process wrote epoch 1 down and did not tell it; its successor elsewhere trained the epoch anew."""
+    tags = {"competition": "digits"} | identity() | {"boot_id": "before"}
+    made = tracking.client().create_run(tracking.experiment("digits"), tags=tags)
+    spool = Spool(mlruns / "spool" / f"{made.info.run_id}.jsonl")
+    spool.append({"kind": "metrics", "rows": [["loss", 0.25, 1000, 1]]})
+    spool.append({"kind": "end", "status": "KILLED", "time": 1001})
+    for step in range(3):
+        tracking.client().log_metric(made.info.run_id, "loss", 0.25, timestamp=2000 + step, step=step)
+    tracking.client().set_terminated(made.info.run_id, "FINISHED")
+    with tracking.run("blend", None, "digits"):
+        pass
+    history = tracking.client().get_metric_history(made.info.run_id, "loss")
+    assert sorted(item.step for item in history) == [0, 1, 2]
+    assert tracking.get_run(made.info.run_id).status == "FINISHED"
+    assert not spool.path.exists()
+
+
 def test_a_run_that_goes_on_tells_nothing_twice(mlruns: Path) -> None:
     with tracking.run("train", None, "digits") as parent, pytest.raises(KeyboardInterrupt):
         with tracking.run("train.slot", None, "digits", parent=parent) as run:

@@ -8,7 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -61,6 +61,27 @@ class Spool:
                 if os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
                     return file
             file.close()
+
+
+def untold(notes: Sequence[Note], history: Callable[[str], Iterable[Any]], status: str) -> list[Note]:
+    """Leave out what others have told of a run since these notes were written: they took it over and went on.
+
+    Args:
+        notes: of a process that is gone.
+        history: of a metric's name, what the run has of it: ``step`` and ``timestamp`` (ms).
+        status: of the run; what ended an ended one otherwise than FINISHED is no news.
+    """
+    keys = {row[0] for note in notes if note["kind"] == "metrics" for row in note["rows"]}
+    there = [(key, item.step, item.timestamp) for key in keys for item in history(key)]
+    latest = {(key, step): time for key, step, time in sorted(there, key=lambda item: int(item[2]))}
+    found = []
+    for note in notes:
+        if note["kind"] == "metrics":
+            rows = [row for row in note["rows"] if latest.get((row[0], row[3]), -1) < row[2]]
+            found.append({**note, "rows": rows})
+        elif status == "RUNNING" or note["status"] == "FINISHED" != status:
+            found.append(note)
+    return found
 
 
 def _parse(text: bytes) -> list[Note]:

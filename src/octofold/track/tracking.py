@@ -14,7 +14,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,7 +24,7 @@ from octofold.errors import Handover, UserError, redact
 from octofold.files import ROOT
 from octofold.track.outage import PAUSE_S, beside_others, explained, is_outage, patiently
 from octofold.track.provenance import git_diff, git_tags, identity, is_orphan
-from octofold.track.spool import Note, Spool
+from octofold.track.spool import Note, Spool, untold
 from octofold.track.store import adopt, artifact_root, check_reachable, database, lock_file, locked, pages, quoted, uri
 
 log = logging.getLogger("octofold")
@@ -182,7 +182,7 @@ class Run:
         if time.monotonic() < self._try_again_at:
             return
         try:
-            _deliver(self.id)
+            self._spool.deliver(lambda notes: _send(self.id, notes))
         except Exception as error:  # an outage is survived, everything else is the caller's
             if not is_outage(error):
                 raise
@@ -265,30 +265,29 @@ def _send(run_id: str, notes: Sequence[Note]) -> None:
             client().set_terminated(run_id, note["status"], note["time"])
 
 
-def _deliver(run_id: str) -> int:
-    return Spool(_SPOOL / f"{run_id}.jsonl").deliver(lambda notes: _send(run_id, notes))
+def _deliver_left(run_id: str) -> None:
+    """Deliver what a process that is gone had no time to tell and nobody who took its run over has told since."""
+    spool, history = Spool(_SPOOL / f"{run_id}.jsonl"), partial(client().get_metric_history, run_id)
+    spool.deliver(lambda notes: _send(run_id, untold(notes, history, get_run(run_id).status)))
 
 
-def deliver_leftovers() -> int:
-    """Deliver what processes that are gone left in the spool; return the number of notes."""
-    count = 0
+def deliver_leftovers() -> None:
+    """Deliver what processes that are gone left in the spool."""
     for path in sorted(_SPOOL.glob("*.jsonl")):
         try:
             if is_orphan(get_run(path.stem).tags):
-                count += _deliver(path.stem)
+                _deliver_left(path.stem)
         except Exception as error:  # somebody's old notes must not stop this run
             log.warning("%s waits on: %s", path, redact(str(error)).splitlines()[0])
-    return count
 
 
-def close_orphans(competition: str) -> list[str]:
-    """Close as KILLED the competition's runs whose process died without a word; return their ids."""
+def close_orphans(competition: str) -> None:
+    """Close as KILLED the competition's runs whose process died without a word."""
     closed = [info.id for info in find_runs(competition, statuses=("RUNNING",)) if is_orphan(info.tags)]
     for run_id in closed:
         client().set_terminated(run_id, "KILLED")
     if closed:
         log.info("closed %d run(s) of processes that were killed: %s", len(closed), ", ".join(closed))
-    return closed
 
 
 @contextlib.contextmanager
@@ -322,7 +321,7 @@ def run(
     given = {"competition": competition, "entry": entry, **identity(), **git_tags(), **(tags or {})}
     labels, name = {key: redact(str(value)) for key, value in given.items()}, redact(name or entry)
     if resume_id:  # what its killed process had no time to tell is told first, or it would be told twice
-        patiently(lambda: _deliver(resume_id))
+        patiently(lambda: _deliver_left(resume_id))
     current = patiently(lambda: _open(client(), competition, name, labels, parent, resume_id or adopted))
     if adopted and resume_id:  # what `mlflow run` opened stays empty and points to the run that goes on
         client().set_tag(adopted, "continued_in", resume_id)
