@@ -131,9 +131,8 @@ def _columns(
     """Fill every column: the id, then the label, or a probability per class, or two coordinates per point."""
     key = str(test.info.get("image_column", columns[0]))
     filled: dict[str, Any] = {key: order}
-    spelling = test.info.get(
-        "spelling", {}
-    )  # of labels like 001, which are numbers to us, and of names in another Unicode form
+    # of labels like 001, which are numbers to us, and of names in another Unicode form
+    spelling = test.info.get("spelling", {})
     if test.info.get("style") == landmarks.STYLE:
         lists = _asked(test)
         picked = landmarks.chosen(values, [lists[name] for name in order])

@@ -57,14 +57,10 @@ def _is_unmarked_import(folder: Path) -> bool:
         listed = pd.read_csv(folder / "train.csv", usecols=[0], dtype=str).iloc[:, 0].tolist()
     except (OSError, ValueError):
         return False
-    numbered = all(str(name).startswith(f"{number:07d}.") for number, name in enumerate(listed))
-    there = {part: {path.name for path in (folder / part).glob("*")} for part in ("train", "test")}
-    return (
-        bool(listed)
-        and numbered
-        and there["train"] == {*listed}
-        and all(_NUMBERED.fullmatch(name) for name in there["test"])
-    )
+    if not listed or not all(str(name).startswith(f"{number:07d}.") for number, name in enumerate(listed)):
+        return False
+    train, test = ({path.name for path in (folder / part).glob("*")} for part in ("train", "test"))
+    return train == {*listed} and all(_NUMBERED.fullmatch(name) for name in test)
 
 
 @dataclass
@@ -80,10 +76,9 @@ class Layout:
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"train": [], "test": []})
 
     def __post_init__(self) -> None:
-        if self.folder.exists() and not (self.folder / MARK).exists():
+        if self.folder.exists() and not (self.folder / MARK).exists() and not _is_unmarked_import(self.folder):
             others = [path.name for path in self.folder.iterdir() if path.name != "download"]
-            if not _is_unmarked_import(self.folder):
-                archives.refuse_others(self.folder, others, "an empty folder to import into")
+            archives.refuse_others(self.folder, others, "an empty folder to import into")
 
     def add(self, part: str, data: bytes, row: dict[str, Any]) -> None:
         """Keep an image's bytes and its row."""

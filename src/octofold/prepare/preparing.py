@@ -94,15 +94,16 @@ def prepare(config: Prepare, found: Findings | None = None) -> Prepared:
     if old is not None and config.decisions is None:
         lineage.check_decisions(old)
     before = _Before(old, old.file.parent if old and old.file else folder_of(config))
-    table, prints = _samples(config, source, found)
+    said = journal.read(config.decisions) if config.decisions is not None else None
+    table, prints = _samples(config, source, said, found)
     if old is not None:
-        judged = journal.read(config.decisions).decisions() if config.decisions else {}
+        judged = said.decisions() if said is not None else {}
         before.fresh = lineage.re_encoded(old, prints, before.folder, judged)
         before.same = {name: before.fresh.get(now, now) for name, now in old.info.get("re_encoded", {}).items()}
         before.same |= before.fresh
         for row in table[table["sample_id"].isin(before.fresh.values())].itertuples():
             found.add("train", row, "re-encoded", "looks like an image of the manifest before", "keeps its fold")
-    table, decided = _replay(config, source, table, before, found)
+    table, decided = _replay(said, source, table, before, found)
     prints = _select(prints, table["sample_id"])
     pairs = neighbours.near_pairs(prints.phash, prints.tiny)
     test, test_looks, test_prints = questions.read_test(config, source, found)
@@ -200,7 +201,9 @@ def _targets(source: sources.Source) -> list[str]:
     return ["label"] if "label" in source.table else [f"{name}_{axis}" for name in source.names for axis in "xy"]
 
 
-def _samples(config: Prepare, source: sources.Source, found: Findings) -> tuple[pd.DataFrame, Fingerprints]:
+def _samples(
+    config: Prepare, source: sources.Source, said: journal.Journal | None, found: Findings
+) -> tuple[pd.DataFrame, Fingerprints]:
     """Look at every labelled image; one row per content that stays, and their fingerprints."""
     looks = checks.look(source.table["file"].tolist(), source.images, "look at train")
     table = pd.concat([source.table, looks.table.drop(columns="file")], axis=1)
@@ -208,9 +211,9 @@ def _samples(config: Prepare, source: sources.Source, found: Findings) -> tuple[
         found.absent("train", source.images)
     if config.folds_file is not None:
         table["fold"] = _given_folds(config, config.folds_file, source)
-    if config.decisions is not None and "label" in table:  # an image under two labels, judged since, has one
+    if said is not None and "label" in table:  # an image under two labels, judged since, has one
         torn = table["torn"] = table.groupby("sample_id")["label"].transform("nunique") > 1
-        table.loc[torn, "label"] = lineage.judged_labels(table[torn], journal.read(config.decisions), source.names)
+        table.loc[torn, "label"] = lineage.judged_labels(table[torn], said, source.names)
     rows = settle(table, _targets(source), config.conflicts, found)
     if not len(rows):
         raise UserError(source.images, expected="readable images", got=f"none of {len(looks.table)}")
@@ -235,18 +238,18 @@ def _given_folds(config: Prepare, path: Path, source: sources.Source) -> Ints:
 
 
 def _replay(
-    config: Prepare, source: sources.Source, table: pd.DataFrame, before: _Before, found: Findings
+    said: journal.Journal | None, source: sources.Source, table: pd.DataFrame, before: _Before, found: Findings
 ) -> tuple[pd.DataFrame, pd.DataFrame | None]:
     """The table with decisions replayed, and what became of each."""
-    if config.decisions is None:
+    if said is None:
         return table, None
-    done = replay(journal.read(config.decisions), table, source.names, before.same)
+    done = replay(said, table, source.names, before.same)
     for number, what in done.damaged:
-        found.line(config.decisions, number, what)
+        found.line(said.path, number, what)
     if done.damaged:
-        log.warning("%s: %s", config.decisions, done.summary())
+        log.warning("%s: %s", said.path, done.summary())
     if done.table.empty:
-        raise UserError(config.decisions, expected="some samples left", got="every one dropped")
+        raise UserError(said.path, expected="some samples left", got="every one dropped")
     return done.table, done.report
 
 

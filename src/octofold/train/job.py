@@ -113,9 +113,8 @@ class Job:
     @cached_property
     def counts(self) -> npt.NDArray[Any]:
         """How much each row of the manifest counts in the mean that the loss takes, ``(N,)``."""
-        plain = (
-            self.recipe.augment.mixes or self.recipe.loss.name == "bce"
-        )  # only of int targets it is a mean by class weights
+        # only of int targets it is a mean by class weights
+        plain = self.recipe.augment.mixes or self.recipe.loss.name == "bce"
         weight = None if plain or self.class_weight is None else self.class_weight.cpu().numpy()
         return self.task.counts(self.target, weight)
 
